@@ -22,6 +22,7 @@ from lora_compose.compose.generate import models
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_lora, playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.support.notes import logged
 from made_once import made_once
 
@@ -126,6 +127,12 @@ def tensors_of_others_do_not_count() -> None:
 def costs_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks price all images alike, for tests that look at no cost: counting one takes longer than making it."""
     monkeypatch.setattr(report, "_cost", lambda *args: report.RunCost("2", 1, 1))
+
+
+@pytest.fixture
+def small_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UNets make 64 x 64 pixels where no size is given: a ninth of the playground's, for tests that look at no size."""
+    monkeypatch.setattr(UNetPipeline, "_size", lambda self, width, height: (width or 64, height or 64))
 
 
 @pytest.fixture

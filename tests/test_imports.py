@@ -202,6 +202,7 @@ show()
 """
 
 
+@pytest.mark.slow  # of the nodes, which load the engine, `test_registry.py` asks it as well
 def test_the_engine_and_the_nodes_load_nothing_of_diffusers() -> None:
     """Other programs have models of their own, and environments that stay as they are."""
     ran = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -313,7 +313,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=800, batch_size=4),
-        PLAYGROUND_FLUX: _small(PLAYGROUND_FLUX, scope="transformer", rank=8, steps=300, batch_size=6),
+        PLAYGROUND_FLUX: _small(
+            PLAYGROUND_FLUX, scope="transformer", rank=8, steps=450, batch_size=6, learning_rate=1e-2
+        ),
     }
 )
 """Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, transformers, and the playgrounds."""

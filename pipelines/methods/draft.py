@@ -33,6 +33,7 @@ from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     Described,
+    ImageByImage,
     Needs,
     Process,
     Settings,
@@ -238,13 +239,12 @@ class Restart:
     Attributes:
         text: The text that callbacks see.
         divide: Divides the free cells between subjects, given their centres and a mask with 1 at free cells.
-        start: Starts the process, given masks, shared or one for each image. Shape of the masks: [images,
-            subjects, height, width] on the latent grid.
+        start: Starts the process, given masks. Shape: [images, subjects, height, width] on the latent grid.
     """
 
     text: Conditioning
     divide: Callable[[Tensor, Tensor], Tensor]
-    start: Callable[[Tensor], Sequence[Process]]
+    start: Callable[[Tensor], Process]
 
 
 def _by_scene(settings: Draft, session: Session) -> Restart:
@@ -257,12 +257,10 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _gated_by_region(
-    settings: Draft, session: Session, texts: GatedText, bias: float, masks: Tensor
-) -> Sequence[Process]:
+def _gated_by_region(settings: Draft, session: Session, texts: GatedText, bias: float, masks: Tensor) -> Process:
     shares, everywhere = _by_level(session, masks), _everywhere(session)
     spec = _pass(settings, session, texts, shares, bias)
-    return [with_region_norm(session, spec, shares, everywhere, settings.norm_apart)]
+    return with_region_norm(session, spec, shares, everywhere, settings.norm_apart)
 
 
 def _pass(
@@ -314,15 +312,16 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
     background = "surroundings" if settings.background == "auto" else settings.background
     texts = region_texts(session, indices, prompts, background)
 
-    def start(masks: Tensor) -> Sequence[Process]:
+    def start(masks: Tensor) -> Process:
         by_image = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
-        return [
+        processes = [
             compose_regions(
                 session, regions, texts.of_image(image), isolate=settings.isolate_in(session.canvas),
                 apart=settings.apart, image=image,
             )
             for image, regions in enumerate(by_image)
         ]  # fmt: skip
+        return ImageByImage(processes, texts.background)
 
     # Borders at which the canvases of the first steps do not overlap.
     block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
@@ -338,9 +337,7 @@ def _by_segments(settings: Draft, session: Session) -> Restart:
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)
 
 
-def _in_one_sequence(
-    settings: Draft, session: Session, texts: SegmentedTexts, bias: float, masks: Tensor
-) -> Sequence[Process]:
+def _in_one_sequence(settings: Draft, session: Session, texts: SegmentedTexts, bias: float, masks: Tensor) -> Process:
     """A pass for each image of a transformer, in which who attends to whom depends on the regions."""
     joint, isolate = session.canvas.backbone.joint, settings.isolate_in(session.canvas)
     assert joint is not None, "asked before"
@@ -350,7 +347,7 @@ def _in_one_sequence(
         of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
         pass_of = partial(_pass, settings, session, shares=of_image, bias=bias, image=image)
         processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
-    return processes
+    return ImageByImage(processes, texts.base)
 
 
 @dataclass
@@ -373,7 +370,7 @@ class Drafting:
     restart: Restart
     maps: Tensor | None = None
     masks: Tensor | None = None
-    processes: Sequence[Process] = ()
+    process: Process | None = None
 
     @property
     def text(self) -> Conditioning:
@@ -399,7 +396,7 @@ class Drafting:
         masks = torch.stack(
             [divided(image, subjects, regions, divide, threshold, canvas.painted, leftover) for image in maps]
         )
-        self.processes = self.restart.start(masks)
+        self.process = self.restart.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
         return latents
@@ -440,13 +437,11 @@ class Drafting:
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """One step of the process of all images, or of the process of each."""
+        """A step of what was started in the divided canvas."""
         assert self.masks is not None, "prepare comes before the first step"
+        assert self.process is not None
         self.session.log.keep_masks(step.index, self.masks)
-        if len(self.processes) == 1:
-            return self.processes[0].step(latents, step)
-        outputs = [process.step(latents[i : i + 1], step)[1] for i, process in enumerate(self.processes)]
-        return latents, torch.cat(outputs)
+        return self.process.step(latents, step)
 
 
 def _given(subject: Concept | None, canvas: Canvas) -> Tensor:

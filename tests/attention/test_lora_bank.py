@@ -198,6 +198,7 @@ def latent_gradient(model: Any, inputs: dict[str, Any]) -> Tensor:
     return torch.autograd.grad((output * weights).sum(), sample)[0]
 
 
+@pytest.mark.parametrize("unet", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_checkpointing(unet: Any) -> None:
     case = Case(unet, grid=(8, 16))
     expected = latent_gradient(with_reference(unet, case.loras, case.full), case.inputs)

@@ -25,6 +25,7 @@ from components import tiny_pipeline
 from flux import flux_pipeline
 from flux3 import default_flux3
 from lora_compose import Concept, Run, Scene, Tara, __version__
+from lora_compose.compose.check import report
 from lora_compose.compose.commands.asked import parse_concept, parse_settings
 from lora_compose.compose.commands.check import check as check_command
 from lora_compose.compose.commands.run import run as run_command
@@ -39,7 +40,7 @@ from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.support.regular import sha256_of
-from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE, STYLE_WORDS, metadata
+from small_world import SCHEDULER, SIZE, STYLE, STYLE_WORDS, metadata
 from transformer_families import as_file, random_lora_of_all
 
 PROMPT = "a xlo bear and a qrt robot on grass"
@@ -47,7 +48,7 @@ BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
 ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
 SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
-SMALL = "--steps", "1", "--width", "64"
+SMALL = "--steps", "1", "--width", "64", "--height", "64"
 pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 # Every way of making an image that the command line has: what differs from a run that is `SMALL`.
@@ -56,9 +57,8 @@ WAYS = {
     "tara": [*PAIR, "--method", "tara", "--set", "cfg_mask=broadcast", "--seed", "7"],
     "authors": [*PAIR, "--method", "clora:official", "--set", "refinements=1"],
     "regional": [
-        "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:{HALF}:{SIZE}", "--concept",
-        f"{ROBOT},region={HALF}:0:{SIZE}:{SIZE},weight=0.7", "--method", "regional", "--set", "token_mask=none",
-        "--width", str(SIZE),
+        "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:32:64", "--concept",
+        f"{ROBOT},region=32:0:64:64,weight=0.7", "--method", "regional", "--set", "token_mask=none",
     ],
     "beside an ordinary robot": [
         "--prompt", "a xlo bear and a robot on grass", "--concept", BEAR, "--concept", "role=bystander,class=robot",
@@ -66,7 +66,7 @@ WAYS = {
     "plain": ["--prompt", "a red cat on grass"],
     "ancestral": [
         *PAIR, "--method", "merge", "--scheduler", "EulerAncestralDiscreteScheduler", "--steps", "2", "--seed",
-        str(2**63 - 1), "--height", "64", "--negative-prompt", "a tree", "--dtype", "bfloat16",
+        str(2**63 - 1), "--negative-prompt", "a tree", "--dtype", "bfloat16",
     ],
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ def edited(path: Path, to: Path, change: Callable[[dict], None]) -> Path:
 
 
 def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> None:
-    asked = [*PAIR, *SMALL, "--height", 64, "--seed", 3, "--seed", 4, "--seed", 3]
+    asked = [*PAIR, *SMALL, "--seed", 3, "--seed", 4, "--seed", 3]
     result = call("run", "playground", *asked, "--out", tmp_path)
     assert result.stdout.split("\n") == [str(tmp_path / name) for name in ("3.png", "4.png", "sheet.png")] + [""]
     assert "method: draft, because" in result.stderr
@@ -131,16 +131,17 @@ def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> N
 
 def test_images_of_earlier_runs_stay(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"precious")
-    call("run", "playground", *SMALL, "--prompt", "a cat", "--out", tmp_path)
+    call("run", "playground", "--steps", 1, "--width", 64, "--prompt", "a cat", "--out", tmp_path)
     assert listed(tmp_path) == ["0-2.png", "0.png"]
     assert (tmp_path / "0.png").read_bytes() == b"precious"
+    assert read_pixels(tmp_path / "0-2.png").size == (64, SIZE), "one side of the size can be given alone"
 
 
 def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     record = read_record(saved["regional"])
     assert (record.run.method, record.run.settings) == ("regional", {"token_mask": "none"})
     assert (record.run.scheduler, record.run.device, record.run.steps) == (SCHEDULER, devices()[0], 1)
-    assert record.run.scene.concepts[1].region == RIGHT
+    assert record.run.scene.concepts[1].region == (32, 0, 64, 64)
     assert record.run.scene.concepts[1].weight == 0.7
     assert record.run.scene.concepts[1].lora == "playground:robot-tara"
     assert record.versions.keys() == {"lora-compose", "python", "torch", "diffusers", "transformers"}
@@ -153,10 +154,6 @@ def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     assert authors.method == "clora"
     assert (authors.settings["fuse"], authors.settings["refinements"]) == ("branches", 1)
     assert read_record(saved["plain"]).run.method is None
-
-
-def test_one_side_of_the_size_can_be_given_alone(saved: dict[str, Path]) -> None:
-    assert read_pixels(saved["plain"]).size == (64, SIZE)
     assert read_pixels(saved["ancestral"]).size == (64, 64)
 
 
@@ -173,7 +170,7 @@ def test_a_seed_gives_what_the_pipeline_gives(playground: Any, saved: dict[str, 
     playground.load_concept(playground_lora("robot-tara"), name="robot-tara")
     image = playground(
         PROMPT, concepts=["bear-tara", "robot-tara"], method=Tara(cfg_mask="broadcast"), num_inference_steps=1,
-        guidance_scale=5.0, width=64, height=SIZE, generator=torch.Generator().manual_seed(7),
+        guidance_scale=5.0, width=64, height=64, generator=torch.Generator().manual_seed(7),
     ).images[0]  # fmt: skip
     assert difference(image, read_pixels(saved["tara"])) is None
 
@@ -358,10 +355,10 @@ def test_replay_says_how_different_an_edited_image_is(saved: dict[str, Path], tm
         image.save(tmp_path / "edited.png", pnginfo=info)
         image.resize((32, 32)).save(tmp_path / "small.png", pnginfo=info)
     assert (
-        f"different: 6 pixels differ ({600 / (SIZE * 64):.3g} %), by at most"
+        f"different: 6 pixels differ ({600 / (64 * 64):.3g} %), by at most"
         in call("replay", tmp_path / "edited.png", code=1).output
     )
-    assert f"the sizes differ: 32 x 32 and 64 x {SIZE}" in call("replay", tmp_path / "small.png", code=1).output
+    assert "the sizes differ: 32 x 32 and 64 x 64" in call("replay", tmp_path / "small.png", code=1).output
 
 
 def test_loras_that_have_moved_are_found_by_content_and_preferred_to_others_in_their_place(
@@ -558,6 +555,7 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     rows = "44 + 1 stopped rows, each a latent through the model once (20 steps"
     assert 1 < times(rows, text) < 1.5, "a draft of four rows, and the LoRAs"
     assert text.endswith("no problems")
+    monkeypatch.setattr(report, "_cost", lambda *args: report.RunCost("25", 1, 1))  # the rows are those of the plan
     text = flat(
         call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
     )
@@ -571,6 +569,7 @@ def test_check_takes_every_option_of_run() -> None:
     assert all(of_run[name] == it for name, it in of_check.items())
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_says_which_seeds_and_files_a_run_would_make(tmp_path: Path) -> None:
     what = ["check", "playground", "--prompt", "a xlo bear", "--lora", "playground:bear", "--out", tmp_path / "made"]
     text = flat(call(*what, "--seed", "0-2", "--seed", 7, "--maps", "--save-memory", "tiling").stdout)
@@ -661,6 +660,7 @@ def test_check_looks_at_the_loras_even_without_a_model(tmp_path: Path) -> None:
     assert "b: file playground:cat, SHA-256" in flat(result.stdout)
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -675,6 +675,7 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
     assert re.search(r"bear: left out +2 keys: .*attentions\.9", result.stdout)
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
     assert (
@@ -683,6 +684,7 @@ def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
     prompt = f"a (xlo bear:1.2), {'a cat and ' * 9}a qrt robot"
     (tmp_path / "scene.yaml").write_text(
@@ -707,8 +709,14 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path, monkeypa
     monkeypatch.setattr(demo, "COMPOSED", ("merge", "regional"))
 
     def small(path: Path) -> Scene:
+        """64 x 64 pixels, and a third of a size that a scene has, with its boxes."""
         scene = read_scene(path)
-        return scene.model_copy(update={"width": scene.width or 96, "height": scene.height or 96})
+        concepts = [
+            concept.model_copy(update={"region": tuple(edge // 3 for edge in concept.region)})
+            if isinstance(concept.region, tuple) else concept for concept in scene.concepts
+        ]  # fmt: skip
+        size = {"width": (scene.width or SIZE) // 3, "height": (scene.height or SIZE) // 3}
+        return scene.model_copy(update={**size, "concepts": tuple(concepts)})
 
     monkeypatch.setattr(demo, "read_scene", small)
     (tmp_path / "demo").mkdir()
@@ -727,7 +735,7 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path, monkeypa
         assert sheet.width > 7 * 256
         assert sheet.height > 256
     three = read_record(folder / "three-regional-4.png").run.scene
-    assert three == read_scene(SCENES / "three.yaml")
+    assert three == small(SCENES / "three.yaml")
     assert all(concept.region for concept in three.concepts)
     merged, drafted, boxed = (read_record(folder / f"cat-dog-{p}-4.png").run for p in ("merge", "draft", "regional"))
     assert [concept.lora for concept in merged.scene.concepts] == ["playground:cat", "playground:dog"]

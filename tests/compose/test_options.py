@@ -15,7 +15,7 @@ from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.scene.mask_images import in_pixels
 from lora_compose.pipelines.scene.sources import parse_lora
-from small_world import HALF, SCHEDULER, SIZE, STYLE
+from small_world import SCHEDULER, STYLE
 
 pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
@@ -133,7 +133,8 @@ def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
 
 
 def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
-    prompt = ["--prompt", "a xlo bear and a qrt robot on grass", "--height", 64, "--steps", 1, "--method", "regional"]
+    prompt = ["--prompt", "a xlo bear and a qrt robot on grass", "--steps", 1, "--method", "regional"]
+    prompt += ["--width", 64, "--height", 64]
     short = [
         "--lora",
         "playground:bear:0.8",
@@ -142,14 +143,14 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
         "--lora",
         "playground:robot",
         "--box",
-        f"{HALF},0,{SIZE},64",
+        "32,0,64,64",
     ]
     full = "path=playground:{},trigger={},class={},weight={},region={}".format
     long = [
         "--concept",
-        full("bear", "xlo", "bear", 0.8, f"0:8:{HALF}:56"),
+        full("bear", "xlo", "bear", 0.8, "0:8:32:56"),
         "--concept",
-        full("robot", "qrt", "robot", 1, f"{HALF},0,{SIZE},64"),
+        full("robot", "qrt", "robot", 1, "32,0,64,64"),
     ]
     for name, concepts in (("short", short), ("long", long)):
         result = call("run", "playground", *prompt, *concepts, "--out", tmp_path / name)
@@ -158,7 +159,7 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
             in result.stderr
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
-    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), (HALF, 0, SIZE, 64)]
+    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), (32, 0, 64, 64)]
     assert read_pixels(one).tobytes() == read_pixels(other).tobytes()
 
 
@@ -173,7 +174,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_prompt_chooses_among_the_loras_of_a_folder(folder: Path, tmp_path: Path) -> None:
     prompt = "a xlo bear and a robot and a cat on grass"
-    asked = ["--prompt", prompt, "--loras", folder, "--method", "merge", "--steps", 1, "--width", 64]
+    asked = ["--prompt", prompt, "--loras", folder, "--method", "merge", "--steps", 1, "--width", 64, "--height", 64]
     said = flat(call("run", "playground", *asked, "--out", tmp_path / "out").stderr)
     assert "bear: by its trigger 'xlo'" in said
     assert "robot: by its class word 'robot', before which its trigger 'qrt' is written" in said

@@ -48,6 +48,7 @@ def run_of(folder) -> Callable[..., Run]:
     return run_of
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_a_run_is_checked_and_made(run_of):
     run = run_of("merge")
     pipe = open_model(run)

@@ -1,8 +1,11 @@
 """README's first picture shows each subject, its LoRA alone, and both by every method."""
 
+import pytest
+
 from recipe.front import ROWS, SIDE, Pair, drawn
 
 
+@pytest.mark.usefixtures("small_by_default")
 def test_every_method_has_a_row_with_the_subject_its_lora_alone_and_all_seeds() -> None:
     made = 0
 

@@ -13,6 +13,7 @@ from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from qwen_image_edit import NAVY, ORANGE, QWEN_IMAGE_EDIT, qwen_image_edit_pipeline
 from transformer_families import PROMPT, as_file, random_lora_of_all
 
+pytestmark = pytest.mark.usefixtures("costs_do_not_matter")
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear", region=(0, 0, 64, 128))
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot", region=(64, 0, 128, 128))
 

@@ -118,7 +118,10 @@ sys.modules["comfy_api.latest"].ComfyExtension = sys.modules["comfy_api.latest"]
 
 
 def test_the_nodes_are_imported_from_the_archive_or_a_clone_alone(installed: Path) -> None:
-    """With stand-ins for ComfyUI's modules: all that ours import is there, and is not that of this clone."""
+    """With stand-ins for ComfyUI's modules: all that ours import is there, and is not that of this clone.
+
+    Of other packages they load those that ComfyUI has, whose environment stays as it is.
+    """
     said = ran(
         installed,
         before=STAND_INS,
@@ -127,12 +130,15 @@ spec = spec_from_file_location("pack", {str(installed / "__init__.py")!r})
 pack = module_from_spec(spec)
 spec.loader.exec_module(pack)
 print(*[node.__name__ for node in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())])
+print(*{{name.partition(".")[0] for name in sys.modules}})
 print(*{{module.__file__ for name, module in sys.modules.items() if name.startswith("lora_compose.")}}, sep="\\n")
 """,
     ).splitlines()
     assert said[0].split() == [f"{name}Node" for name in NODES]
+    others = {"accelerate", "compel", "cv2", "diffusers", "huggingface_hub", "jinja2", "peft", "rich", "typer"}
+    assert {"torch", "transformers", *others} & {*said[1].split()} == {"torch"}, "ComfyUI needs none of the others"
     assert len(said) > 20
-    assert all(Path(path).is_relative_to(installed) for path in said[1:])
+    assert all(Path(path).is_relative_to(installed) for path in said[2:])
 
 
 @pytest.mark.comfyui

@@ -90,5 +90,5 @@ def test_references_in_a_relative_folder_are_those_of_the_suite_that_is_written_
 def test_a_subject_that_the_detector_does_not_find_has_no_references(tmp_path: Path) -> None:
     blind = suite(detector={"kind": "windows", "vocabulary": VOCABULARY, "threshold": 1.0})
     with pytest.raises(ValueError, match="cat: the detector found its class word in 0 of the images that its LoRA"):
-        with_references(blind, {"cat alone": ALONE}, tmp_path)
+        with_references(blind, {"cat alone": Alone(prompt=ALONE.prompt, seeds=(7,))}, tmp_path)
     assert not list(tmp_path.rglob("*.png"))

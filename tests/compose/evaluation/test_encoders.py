@@ -319,7 +319,7 @@ def test_other_families_are_refused_and_those_that_work_named(tmp_path: Path) ->
     [
         ("clip", "model.safetensors", r"the encoder .* cannot be opened; .* weights in safetensors"),
         ("dinov2", "preprocessor_config.json", r"the image processor of the encoder .* cannot be opened"),
-        ("siglip", "token*", r"the tokenizer of the encoder .* cannot be opened"),
+        pytest.param("siglip", "token*", r"the tokenizer of the encoder .* cannot be opened", marks=pytest.mark.slow),
     ],
 )
 def test_missing_files_are_reported(copied: Callable[[str], Path], family: str, lost: str, message: str) -> None:

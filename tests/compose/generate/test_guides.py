@@ -20,7 +20,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import playground_model
 
 pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
-SIDE = 128
+SIDE = 64
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 RUN: dict[str, Any] = {"model": "playground", "steps": 2, "seed": 1}
 
@@ -39,7 +39,7 @@ def scene_of(folder: Path, **changes: Any) -> Scene:
         "ip_adapters": (
             {
                 "model": str(folder / "faces"), "weight_name": "adapter.safetensors", "scale": 0.6,
-                "image": str(folder / "face.png"), "region": (0, 0, 64, 128),
+                "image": str(folder / "face.png"), "region": (0, 0, SIDE // 2, SIDE),
             },
         ),
     }  # fmt: skip
@@ -50,8 +50,9 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.usefixtures("small_by_default", "costs_do_not_matter")
 def test_an_image_is_made_from_a_scene_file_checked_and_reproduced(guides, tmp_path):
-    boxed = Concept(**CAT, region=(0, 0, 64, 128))
+    boxed = Concept(**CAT, region=(0, 0, SIDE // 2, SIDE))
     scene = scene_of(guides, concepts=(boxed,))
     write_scene(scene, guides / "scene.yaml", overwrite=True)
     text = (guides / "scene.yaml").read_text()

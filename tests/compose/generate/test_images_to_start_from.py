@@ -31,6 +31,7 @@ def start(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("small_by_default", "costs_do_not_matter")
 def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, start):
     scene = Scene(
         prompt="a sks cat", image=str(start), mask_image=(0.0, 0.0, 0.5, 1.0), strength=0.6, paste_original=True,
@@ -55,6 +56,7 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], before[:, HALF:])
 
 
+@pytest.mark.usefixtures("small_by_default")
 def test_an_image_with_a_bystander_is_refined_where_the_subject_is(tmp_path):
     bystander = Concept(name="fox", role="bystander", class_word="fox", region=(0.5, 0.0, 1.0, 1.0))
     concepts = (Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)), bystander)

@@ -50,6 +50,7 @@ def test_the_words_of_a_run_do_not_stay_for_the_next(pipe: Any, caplog: Any) -> 
     assert (again.concept.phrase, again.concept.weight) == ("ohwx man", 1.0)
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_does_not_ask_for_a_trigger_that_was_typed(tmp_path: Path) -> None:
     file = read_lora(assets_dir() / "playground" / "loras" / "cat.safetensors")
     save_file(dict(file.tensors), tmp_path / "miku.safetensors", TAGS)

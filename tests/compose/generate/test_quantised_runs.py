@@ -31,6 +31,7 @@ def stored(pipe: Any) -> set[torch.dtype]:
     return {weight.dtype for weight in pipe.unet.parameters()}
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_run_check_and_replay_in_8_bits(tmp_path: Path) -> None:
     call("run", *WHAT, "--device", "cpu", "--out", tmp_path / "whole")
     call("run", *WHAT, "--device", "cpu", "--quantize", "fp8", "--out", tmp_path / "fp8")

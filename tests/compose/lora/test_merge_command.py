@@ -91,7 +91,9 @@ def pipe_and_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[
     return pipe, [save_lora(folder / f"{i}.safetensors", **loras) for i, loras in enumerate(two_loras(pipe))]
 
 
-@pytest.mark.parametrize(("family", "spelling"), [("sd", "kohya"), ("sdxl", "diffusers")])
+@pytest.mark.parametrize(
+    ("family", "spelling"), [("sd", "kohya"), pytest.param("sdxl", "diffusers", marks=pytest.mark.slow)]
+)
 def test_cat_gives_plain_diffusers_the_image_of_both_loras(
     family: str, spelling: Spelling, write_lora: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import stems
 from lora_compose.pipelines.merging import make_merger
+from pairs import slow_but
 from transformer_families import TOKENS, as_file, random_lora_of_all
 
 BLOCKS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "proj_mlp", "proj_out")
@@ -79,7 +80,7 @@ def test_the_sum_opens_everywhere_and_is_the_image_of_both(
     assert float((before - expected).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["tsv", "ssr", "iteris"])
+@pytest.mark.parametrize("method", slow_but(["tsv", "ssr"], ["tsv", "ssr", "iteris"]))
 def test_merged_when_loaded_is_as_merged_before(method: str, tmp_path: Path) -> None:
     ours = flux_pipeline()
     paths = []

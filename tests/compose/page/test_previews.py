@@ -12,7 +12,7 @@ from pairs import slow_but
 from transformer_families import CALL
 
 
-@pytest.mark.parametrize("name", slow_but(TRANSFORMERS, EVERY))
+@pytest.mark.parametrize("name", slow_but(TRANSFORMERS.keys() - {"anima", "krea2"}, EVERY))
 def test_the_latents_of_the_last_step_look_like_the_image(name: str) -> None:
     family = EVERY[name]
     pipe, seen = family.pipeline(), []

@@ -19,13 +19,15 @@ from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffus
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from qwen_image import qwen_image_vae
 
-BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
+BOXES = {"bear": ("xlo", (0, 8, 30, 56)), "robot": ("qrt", (34, 8, 64, 56))}
 SCENE = Scene(
     prompt="a xlo bear and a qrt robot on a white background",
     concepts=tuple(
         Concept(name=name, lora=f"playground:{name}", trigger=trigger, class_word=name, region=box)
         for name, (trigger, box) in BOXES.items()
     ),
+    width=64,
+    height=64,
 )
 RUN = Run(scene=SCENE, model=PLAYGROUND, method="lora-composer", steps=2, device="cpu")
 
@@ -66,7 +68,7 @@ def test_a_model_goes_where_it_is_needed(savers: list[Saver], where: tuple[str, 
 
 @pytest.mark.parametrize(("made_for", "latents", "tiles"), [(1024, 128, 9), (512, 64, 1), (128, 16, 1), (128, 24, 4)])
 def test_tiles_are_smaller_than_the_images_of_large_models(made_for: int, latents: int, tiles: int) -> None:
-    vae: Any = small_vae(sample_size=made_for)
+    vae: Any = small_vae(sample_size=made_for, block_out_channels=(4,) * 4, norm_num_groups=2)
     decoded = []
     vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
     enable_tiling(vae)
@@ -102,7 +104,7 @@ def test_the_command_line_makes_the_same_image_with_less(tmp_path: Path, monkeyp
         region = ":".join(map(str, box))
         concepts += ["--concept", f"path=playground:{name},trigger={trigger},class={name},region={region}"]
     what = [PLAYGROUND, "--prompt", SCENE.prompt, *concepts, "--method", "lora-composer", "--steps", 2]
-    what += ["--device", "cpu"]
+    what += ["--device", "cpu", "--width", 64, "--height", 64]
     call("run", *what, "--out", tmp_path / "plain")
     saving = ["--save-memory", "gradient-checkpointing", "--save-memory", "tiling"]
     opened = []

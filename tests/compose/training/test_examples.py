@@ -23,6 +23,7 @@ from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.model import ADAPTER, lora_parameters
 from lora_compose.compose.training.preparation import TrainingData, adapt, encode, read_texts
 from lora_compose.compose.training.words import WordFeatures
+from pairs import slow_but
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 CAPTIONS = ("a sks cat on grass", "a red sks cat in snow")  # the trigger stands at different tokens
@@ -133,7 +134,7 @@ def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     torch.testing.assert_close(data.prior.text[0], text_of(pipe, "a photo of cat")[0])
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", slow_but(["sd"], MODELS))
 def test_training_sees_the_lora_as_tara_shows_it_later(kind: str, folder: Path) -> None:
     """A step of `tara` from the file alone is the step of the training's UNet, mask and alpha included."""
     make: Callable[[], Any] = MODELS[kind]

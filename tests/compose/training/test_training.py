@@ -34,6 +34,7 @@ from lora_compose.compose.files.paths import ModelError
 from lora_compose.compose.playground.assets import playground_references
 from lora_compose.compose.support.terminal import BAD_INPUT, FAILED
 from lora_compose.compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
+from lora_compose.compose.training.bases import _UNet as UNetBase
 from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.checkpoint import CheckpointError, FullError, load_checkpoint
 from lora_compose.compose.training.command import INTERRUPTED
@@ -664,7 +665,15 @@ def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -
     assert any(not torch.equal(first[key], without[key]) for key in first)
 
 
-def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path) -> None:
+def test_samples_are_painted_and_change_nothing(
+    begin: Callable[..., Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = UNetBase.generate
+
+    def in_two_steps(base: Any, accelerator: Any, prompts: Any, noise: Any, steps: int, *others: Any) -> Any:
+        return generate(base, accelerator, prompts, noise, 2, *others)
+
+    monkeypatch.setattr(UNetBase, "generate", in_two_steps)
     plain = train(begin("sd", tara=TARA, steps=2, out=tmp_path / "plain.safetensors"))
     prompts = ("a sks cat",)
     settings = begin("sd", tara=TARA, steps=2, sample_every=1, sample_prompts=prompts)

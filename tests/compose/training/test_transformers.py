@@ -93,6 +93,7 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
     assert losses.prior == 0
 
 
+@pytest.mark.parametrize("family", slow_but(("FLUX.1", "Krea 2", "Qwen-Image", "Z-Image"), TRAINED), indirect=True)
 def test_every_layer_that_gets_a_lora_learns(family: str, folder: Path) -> None:
     """Several processes wait for the gradient of each parameter."""
     base = base_of(opened(family))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from components import State, random_lora, seeded
-from composing import BOTH, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
+from composing import SD_AND_SLOWLY_XL, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -103,7 +103,7 @@ def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, f
     before.assert_unchanged()
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_plain_calls_with_adapters_of_the_user_give_the_bits_of_diffusers(composer, plain_pipe, write_lora):
     path = write_lora("style", unet=random_lora(plain_pipe.unet, 7))
     for each in (composer, plain_pipe):

@@ -15,9 +15,10 @@ from components import FAMILIES, State, lora_tensors
 from composing import BOTH, UPDATES, compose, composer_of, latents_of, one_step, run
 from flux2 import LAYERS
 from lora_compose.attention import LoraFactors
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 
 EVERY_FAMILY = FAMILIES | {name: family.pipeline for name, family in TRANSFORMERS.items()}
+USUAL = ("sd", "sdxl", "flux", "qwen-image")
 SHAPES = {
     "sd": {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)},
     "sdxl": {
@@ -48,7 +49,7 @@ def test_callbacks_may_name_only_tensors_that_there_are(composer, concepts):
         run(composer, concepts=concepts, callback_on_step_end_tensor_inputs=["noise_pred"])
 
 
-@pytest.mark.parametrize(("name", "composed"), in_pairs(sorted(EVERY_FAMILY), [False, True]))
+@pytest.mark.parametrize(("name", "composed"), in_pairs(slow_but(USUAL, sorted(EVERY_FAMILY)), [False, True]))
 def test_no_tensors_may_be_asked_for(name: str, composed: bool) -> None:
     pipe = EVERY_FAMILY[name]()
     concept = {"concepts": ["nothing"], "method": "merge"} if composed else {}

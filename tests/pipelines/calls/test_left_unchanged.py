@@ -21,7 +21,7 @@ from composing import (
     with_concepts,
 )
 from lora_compose.pipelines.families import ComposePipeline
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,8 @@ def test_a_call_does_not_touch_the_latents_it_is_given(composer):
     assert torch.equal(latents, copy)
 
 
-@pytest.mark.parametrize(("family", "failing"), in_pairs(FAMILIES, [False, True]))
+@pytest.mark.parametrize("family", slow_but(["sd"], FAMILIES))
+@pytest.mark.parametrize("failing", [False, True])
 def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe, failing):
     if failing:
         with pytest.raises(StoppedError):

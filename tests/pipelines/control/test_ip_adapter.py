@@ -74,9 +74,8 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [("sd", case) for case in CASES if case != "one"]
-    + [("sdxl", "one")]
-    + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in CASES if case not in ("one", "by layer")],
+    [("sd", case) for case in CASES]
+    + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in CASES if case != "by layer"],
 )
 def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, case):
     (ours, theirs), (scale, given) = pipes(family), CASES[case]

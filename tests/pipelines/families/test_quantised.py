@@ -103,7 +103,9 @@ def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("written", [of_comfyui, of_comfyui_since, by_output, without_scales])
+@pytest.mark.parametrize(
+    "written", [pytest.param(of_comfyui, marks=pytest.mark.slow), of_comfyui_since, by_output, without_scales]
+)
 def test_a_file_in_float8_is_opened_as_its_dequantised_weights(
     written: Callable[..., dict[str, Tensor]], flux_folder: Path, tmp_path: Path
 ) -> None:

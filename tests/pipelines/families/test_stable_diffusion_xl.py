@@ -20,6 +20,7 @@ from components import (
     sd_unet,
     sdxl_unet,
     seeded,
+    shallow_sdxl_unet,
     text_loras,
     tiny_xl_pipeline,
     xl_pipeline,
@@ -121,7 +122,7 @@ def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
 
 @pytest.mark.parametrize("method", slow_but(["lora-composer"], EVERY_KIND))
 def test_the_structure_of_sdxl_composes_at_any_size(load, method):
-    pipe = load(xl_pipeline(), text=False, targets=("attn2.to_k", "attn2.to_v", "attn1.to_q"))
+    pipe = load(xl_pipeline(unet=shallow_sdxl_unet()), text=False, targets=("attn2.to_k", "attn2.to_v", "attn1.to_q"))
     concepts = [Concept(name="cat", region=(0, 0, 56, 72)), Concept(name="dog", region=(56, 8, 104, 72))]
     output = compose(
         pipe, method, concepts=concepts, width=104, height=72, num_inference_steps=1, record_attention=True,

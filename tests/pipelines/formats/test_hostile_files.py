@@ -142,7 +142,7 @@ def test_countless_keys_are_refused_at_once(pipe: Any, tmp_path: Path, key: str,
 @pytest.mark.parametrize("key", ["x{}" + ".vera_a" * 33 + "-", "x{}" + ".lora_A" * 33 + "-", "down_blocks" * 22 + "{}"])
 def test_keys_that_nearly_match_take_no_longer(pipe: Any, tmp_path: Path, key: str) -> None:
     path = tmp_path / "keys.safetensors"
-    tensors = {key.format(i): torch.zeros(1) for i in range(3_000)}
+    tensors = {key.format(i): torch.zeros(1) for i in range(1_000)}
     save_file(tensors | {"lora_unet_x.alpha": torch.ones(1)}, path)
     assert "matches no layer of this model" in refused(pipe, path)
 

@@ -117,6 +117,7 @@ def test_the_change_is_seen_in_these_images(changes: Callable[[str], OneChange],
         assert (image - without).abs().max() > 0.01 * without.abs().max()
 
 
+@pytest.mark.usefixtures("small_by_default")
 def test_the_sheet_of_the_playground_shows_one_image_in_every_format() -> None:
     shown = list(pictures(["attention processors"], steps=1))
     names = ["attention layers alone", "attention processors"]

@@ -94,8 +94,7 @@ def test_what_cannot_be_composed_is_refused_with_the_reason(name: str) -> None:
         match(file(name), without_weights("SDXL" if known["family"] == "SDXL" else "SD 1.x"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["kohya-sd15", "kohya-sd21", "kohya-sdxl"])
+@pytest.mark.parametrize(("name", "family"), in_pairs(["kohya-sdxl", "kohya-sd15", "kohya-sd21"], FAMILIES))
 def test_files_of_one_family_do_not_fit_another(name: str, family: str) -> None:
     known = layout(name)
     if family != known["family"]:

@@ -130,7 +130,9 @@ def plain_maps(pipe: Any, steps: int, of: int, guidance: float) -> Tensor:
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize(("length", "drafted"), [(0.6, 3), (2, 2), (0.01, 1)])
+@pytest.mark.parametrize(
+    ("length", "drafted"), [(0.3, 2), pytest.param(0.6, 3, marks=pytest.mark.slow), (2, 2), (0.01, 1)]
+)
 def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plain_pipe, dividing, length, drafted):
     call(composer, method=Draft(length=length), num_inference_steps=4, guidance_scale=4.0)
     torch.testing.assert_close(dividing.maps[0], plain_maps(plain_pipe, drafted, 4, 4.0), atol=1e-5, rtol=1e-4)

@@ -314,7 +314,10 @@ SCENES = {
 @ALL_LEVELS
 @pytest.mark.parametrize(
     ("scene", "method"),
-    [*((scene, LoraComposer()) for scene in SCENES), ("one cell", LoraComposer.official())],
+    [
+        *(pytest.param(it, LoraComposer(), marks=[pytest.mark.slow] * (it == "nested")) for it in SCENES),
+        ("one cell", LoraComposer.official()),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.reinit,
 )
 def test_any_canvas_and_any_regions_work(pipe, load, scene, method):

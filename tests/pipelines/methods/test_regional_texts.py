@@ -170,7 +170,7 @@ def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(family, pipe
         check_pass(family, pipe, call, mine, isolate=isolated)
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_reference_image_has_the_regions_of_the_image(isolate):
     pipe, image = shared_pipeline(FLUX2), torch.rand(3, 160, 128, generator=seeded(0))
     start = {"image": image, "mask_image": (0, 0, 128, 160), "strength": 1.0}

@@ -25,7 +25,7 @@ from lora_compose.pipelines.methods import (
 )
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.field_errors import FieldError
-from pairs import in_pairs
+from pairs import slow_but
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}
@@ -183,7 +183,8 @@ def test_the_choice_of_a_method_looks_at_the_subjects(load, write_lora, caplog):
 # Own negative prompts
 
 
-@pytest.mark.parametrize(("family", "method"), in_pairs(FAMILIES, ["switch", "composite"]))
+@pytest.mark.parametrize("family", slow_but(["sd"], FAMILIES))
+@pytest.mark.parametrize("method", ["switch", "composite"])
 def test_passes_of_one_subject_read_its_own_negative_prompt(load, family, method, caplog):
     pipe = load(family)
     own = [Concept(name="cat", negative_prompt="blurry"), INK]

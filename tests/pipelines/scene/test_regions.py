@@ -17,7 +17,6 @@ from lora_compose.compose.commands.asked import parse_concept
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.pipelines.scene.regions import Regions, check_mask, read_mask, region_mask
 from lora_compose.pipelines.scene.scene import Concept, Scene
-from small_world import LEFT, RIGHT, SIZE
 
 BOX = (32, 16, 96, 128)
 
@@ -158,7 +157,8 @@ def test_other_proportions_than_the_canvas_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_drawn_half_makes_the_image_of_a_box(playground, tmp_path: Path) -> None:
-    masks = tuple(drawn(tmp_path / f"{box[0]}.png", box, (SIZE, SIZE)) for box in (LEFT, RIGHT))
+    left, right = (0, 0, 32, 64), (32, 0, 64, 64)
+    masks = tuple(drawn(tmp_path / f"{box[0]}.png", box, (64, 64)) for box in (left, right))
     images = [
         playground(
             "a xlo bear and a qrt robot on grass",
@@ -167,8 +167,9 @@ def test_a_drawn_half_makes_the_image_of_a_box(playground, tmp_path: Path) -> No
                 Concept(name="robot-ordinary", trigger="qrt", region=regions[1]),
             ],
             method="regional", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
+            width=64, height=64,
         ).images
-        for regions in ((LEFT, RIGHT), masks, (RIGHT, LEFT))
+        for regions in ((left, right), masks, (right, left))
     ]  # fmt: skip
     assert torch.allclose(images[0], images[1], atol=1e-4)
     assert not torch.allclose(images[0], images[2], atol=1e-2)

@@ -35,7 +35,7 @@ from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.strength import WeightSchedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.support.field_errors import FieldError
 from lora_compose.pipelines.text.conditioning import Conditioning
-from pairs import in_pairs
+from pairs import slow_but
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BOXES = {concept.name: concept.region for concept in BOXED}
@@ -237,7 +237,12 @@ def latents_of(pipe: Any, method: Any, weights: Sequence[Any], **arguments: Any)
 
 
 # The families differ in nothing here but the text: methods with a text for all, and one with updates.
-IN_FAMILIES = [("sd", "merge"), ("sd", "switch"), ("sdxl", "clora")]
+IN_FAMILIES = [
+    ("sd", "merge"),
+    ("sd", "switch"),
+    ("sd", "clora"),
+    pytest.param("sdxl", "clora", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("family", "method"), IN_FAMILIES)
@@ -293,7 +298,8 @@ SCHEDULES: dict[str, tuple[list[Any], list[list[float]]]] = {
 }
 
 
-@pytest.mark.parametrize(("case", "family"), in_pairs(SCHEDULES, FAMILIES))
+@pytest.mark.parametrize("family", slow_but(["sd"], FAMILIES))
+@pytest.mark.parametrize("case", SCHEDULES)
 def test_merging_by_a_schedule_equals_setting_the_adapters_before_every_step(load, adapters, family, case):
     given, expected = SCHEDULES[case]
     assert_close(latents_of(load(family), "merge", given), by_hand(adapters(family), lambda step: expected[step]))
@@ -517,6 +523,7 @@ def test_a_factor_without_effect_is_mentioned(load, caplog):
     assert "in mid" not in caplog.text
 
 
+@pytest.mark.usefixtures("costs_do_not_matter")
 def test_check_says_weights_blocks_and_roles_and_finds_unknown_blocks(playground):
     bear = Concept(name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="1..0.4",
                    blocks={"down": 0.5})  # fmt: skip
@@ -536,6 +543,7 @@ def test_check_says_weights_blocks_and_roles_and_finds_unknown_blocks(playground
     assert any("'my bear' has a factor for 'up.9'" in problem for problem in report.problems)
 
 
+@pytest.mark.usefixtures("small_by_default")
 def test_an_image_with_all_of_it_is_made_again_from_what_it_carries(playground, tmp_path):
     bear = Concept(
         name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="0:1..0.5:0.4,0.8:0",

@@ -27,6 +27,7 @@ from flux import flux_pipeline
 from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
+from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.figures.overlay import colour, division
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.generate.making import Made
@@ -36,12 +37,13 @@ from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import SHOWN_METHODS, full_name, methods
 from lora_compose.compose.page.launch import SCREEN
 from lora_compose.compose.page.open_models import ModelChoice, OpenModel
+from lora_compose.compose.page.scores import SUITES
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, MODELS, PageSession, Row, reading
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, JUDGE, MODELS, PageSession, Row, reading
 from lora_compose.compose.page.screen.understand import decided_by
 from lora_compose.compose.page.screen.uploads import remove
 from lora_compose.compose.page.work import Result
-from lora_compose.compose.playground.assets import playground_lora, playground_loras, playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_loras, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -73,6 +75,16 @@ def _components_are_looked_for_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _two_characters_are_judged() -> Iterator[None]:
+    """The judge embeds the references of the example's characters alone."""
+    suite = read_suite(SUITES[PLAYGROUND])
+    few = suite.model_copy(update={"concepts": tuple(suite.concept(name) for name in ("bear", "robot"))})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(JUDGE._suites, PLAYGROUND, few)
+        yield
+
+
 @pytest.fixture
 def at(costs_do_not_matter: None) -> AppTest:
     return opened()
@@ -82,6 +94,13 @@ def opened() -> AppTest:
     at = AppTest.from_file(str(SCREEN), default_timeout=PATIENCE).run()
     assert not at.exception
     at.number_input(key=fields.STEPS).set_value(STEPS)  # from the next run on
+    return at
+
+
+def small(at: AppTest) -> AppTest:
+    """A canvas of a ninth of the model's own, from the next run on, for tests that look at no pixel."""
+    for side in (fields.WIDTH, fields.HEIGHT):
+        at.number_input(key=side).set_value(64)
     return at
 
 
@@ -167,7 +186,7 @@ def test_what_decided_where_a_lora_acts_is_known(method: str, boxed: bool, decid
 
 
 def test_several_seeds_give_several_images_of_which_two_are_chosen_for_wiping(at: AppTest) -> None:
-    at.session_state[fields.METHOD] = "merge"
+    small(at).session_state[fields.METHOD] = "merge"
     at.text_input(key=fields.SEEDS).set_value("1-2").run()
     assert at.button(key="do.make").label == "Generate 2 images"
     made(at)
@@ -358,7 +377,7 @@ def test_a_second_press_of_remove_removes_nothing() -> None:
 
 
 def test_a_plain_image_without_concepts(at: AppTest) -> None:
-    session(at).rows.clear()
+    session(small(at)).rows.clear()
     at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
     made(at)
     assert session(at).results[0].run.method is None
@@ -831,13 +850,13 @@ def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: py
 def test_a_reloaded_page_has_its_fields_uploads_bystander_and_images_and_the_running_work_goes_on(
     at: AppTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at.session_state[fields.METHOD] = "merge"
+    small(at).session_state[fields.METHOD] = "merge"
     made(at)
     (first,) = session(at).results
     del session(at).rows[0]
     upload(at, "mine.safetensors", playground_lora("bear").read_bytes())
     with_bystander(at)
-    start_from(at, encoded_as(Image.new("RGB", (SIZE, SIZE), "gray"), "JPEG"))
+    start_from(at, encoded_as(Image.new("RGB", (64, 64), "gray"), "JPEG"))
     at.slider(key=fields.STRENGTH).set_value(1.0)
     at.text_input(key=fields.SEEDS).set_value("9").run()
     at.button(key="do.make").click().run()
@@ -869,6 +888,7 @@ def test_a_reloaded_page_has_its_fields_uploads_bystander_and_images_and_the_run
 
 
 def test_the_methods_are_compared(at: AppTest) -> None:
+    small(at).run()
     at.session_state["set.view"] = "Compare"
     at.run()
     table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
@@ -913,7 +933,7 @@ def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
 
 def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> None:
     assert not any(button.key == "do.noises" for button in at.button), "boxes leave nothing to find"
-    at.session_state[fields.BOXED] = fields.ANYWHERE
+    small(at).session_state[fields.BOXED] = fields.ANYWHERE
     choose(at, fields.AUTOMATIC)
     at.button(key="do.noises").click().run()
     after(at)
@@ -935,9 +955,9 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
     assert result.attention is not None
     assert result.attention.draft is not None
     shown = session(at).divisions[2].image
-    assert (
-        shown.tobytes() == division((SIZE, SIZE), result.attention.draft, result.attention.masks[0], [0, 1]).tobytes()
-    ), "the image is divided as its draft was"
+    assert shown.tobytes() == division((64, 64), result.attention.draft, result.attention.masks[0], [0, 1]).tobytes(), (
+        "the image is divided as its draft was"
+    )
     at.session_state["set.view"] = "Understand"
     at.run()
     assert "Areas that the method found decided" in said(at).replace("*", "")
@@ -950,7 +970,7 @@ def test_pressing_again_queues_images_which_a_failure_does_not_end_and_the_queue
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("the first one fails")
 
-    at.session_state[fields.METHOD] = "merge"
+    small(at).session_state[fields.METHOD] = "merge"
     with monkeypatch.context() as failing:
         failing.setattr("lora_compose.compose.page.work.make_batch", fails)
         with session(at).model.turn(()):
@@ -998,6 +1018,12 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
     assert start is not None
     width, height = SIZE * 3 // 2, SIZE * 3 // 2 * 280 // 300 // 8 * 8
     assert start.size == fields_size(at) == (width, height)  # as large as the model takes, in whole cells
+    at.button(key="do.unstart").click().run()
+    width, height = 72, 64
+    start_from(at, encoded_as(given.resize((width, height)), "JPEG"))
+    start = session(at).start
+    assert start is not None
+    assert start.size == fields_size(at) == (width, height)
     at.session_state[fields.METHOD] = "merge"
     at.number_input(key=fields.STEPS).set_value(2)  # of which at least one is left after the start
     at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
