@@ -56,9 +56,7 @@ def test_costs_in_sentences_are_those_of_the_table(page, sentence, row, model):
 
 
 def test_memory_on_the_first_screen_is_that_of_the_table():
-    said = re.search(
-        r"then SDXL takes ([\d.]+) GiB in half precision, or ([\d.]+) with offloading", text_of("README.md")
-    )
+    said = re.search(r"SDXL takes ([\d.]+) GiB in half precision, or ([\d.]+) with offloading", text_of("README.md"))
     assert said is not None
     assert [*said.groups()] == rows_of("README.md", "## Hardware")["SDXL"][:2]
 

@@ -17,12 +17,12 @@ from PIL import Image
 from rich.table import Table
 
 from lora_compose.compose.evaluation.blind import (
-    ARMS,
     COLUMNS,
     KEY,
     PAIRS,
     ROWS,
     VERDICTS,
+    WAYS,
     BlindImage,
     as_json,
     check_votes,
@@ -146,8 +146,8 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
     Raises ValueError if the images are generated differently today.
     """
     key, votes = read_votes(out)
-    jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
-    if {str(number): job.arm.label for number, job in jobs.items()} != key:
+    jobs = numbered(len(key) // (len(PAIRS) * len(WAYS)))
+    if {str(number): job.way.label for number, job in jobs.items()} != key:
         raise ValueError(
             f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
         )
@@ -163,14 +163,14 @@ def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int,
     for verdict in VERDICTS:
         table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
     console.print(table)
-    for arm in ARMS:
-        numbers = [number for number in judged if jobs[number].arm == arm]
+    for way in WAYS:
+        numbers = [number for number in judged if jobs[number].way == way]
         both = [sum(verdicts[number] == "both" for number in numbers) for verdicts in (eye, judged)]
-        console.print(f"both, in {len(numbers)} images of {arm.label}: human {both[0]}, judge {both[1]}")
+        console.print(f"both, in {len(numbers)} images of {way.label}: human {both[0]}, judge {both[1]}")
     apart = [number for number in judged if eye[number] != judged[number]]
     console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
     for number in apart:
-        what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
+        what = f"{jobs[number].way.label}, {' and '.join(jobs[number].pair)}"
         console.print(f"  {number}: {what}: human {eye[number]}, judge {judged[number]}")
 
 

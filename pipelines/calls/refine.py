@@ -171,8 +171,8 @@ class Origin:
         masks: dict[str, Image.Image] = {}
         if output.masks is not None:
             steps = output.masks[len(output.masks) // 2, index]
-            found = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
-            masks = {c.name: found[c.name] for c in concepts if c.region is None and c.name in found}
+            recorded = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
+            masks = {c.name: recorded[c.name] for c in concepts if c.region is None and c.name in recorded}
         if not masks and all(concept.region is None for concept in concepts):
             raise ValueError(
                 "nothing says where the subjects are: make the image with record_attention=True, or give regions"

@@ -89,7 +89,7 @@ def test_a_file_in_four_bits_and_a_half_needs_what_the_docs_say():
     """The denoiser from a file, the text encoders in half precision, one after the other."""
     flux = need_of("FLUX.1")
     text = " ".join((DOCS / "docs/memory.md").read_text(encoding="utf-8").split())
-    said = re.findall(r"Q4_K_S(?:: | \(4\.5 bits a weight\) )(\d+\.\d) GiB", text)
+    said = re.findall(r"Q4_K_S(?: \(`pip install gguf`\): | \(4\.5 bits a weight\) )(\d+\.\d) GiB", text)
     assert said == [f"{max(flux.text, flux.nf4, flux.decoding) / GIB:.1f}"] * 2
     assert flux.nf4 < flux.text
 
