@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -42,7 +42,7 @@ class CosmosBackbone(JointBackbone):
         names = self.word_layers
         return names[-max(1, len(names) // 3) :]
 
-    @cached_property
+    @property
     def word_layers(self) -> tuple[str, ...]:
         """Cross-attention of all blocks."""
         return tuple(name for name in modules_of(self.model) if name.endswith(".attn2"))

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
 
@@ -73,7 +73,7 @@ class JointBackbone:
         *_, last = (tuple(name for name in self.word_layers if name.startswith(f"{kind}.")) for kind in self.blocks)
         return last if len(self.blocks) > 1 else last[-max(1, len(last) // 3) :]
 
-    @cached_property
+    @property
     def word_layers(self) -> tuple[str, ...]:
         """Attention to text and image in one sequence, in all blocks."""
         apart = tuple(start for start, _ in self.attends)
