@@ -94,7 +94,7 @@ def test_a_command_of_the_docs_does_what_it_says(
     words = [known.get(word, word) for word in line]
     if words[0] == "run":
         words = ["check", *here(words[1:]), "--device", "cpu"]
-        small_images(folder, "start/2.png", "start/3.png")
+        small_images(folder, "start/0.png", "start/3.png")
         scenes(folder)
     if "style.safetensors:0.7" in words:
         shutil.copy("ink.safetensors", "style.safetensors")

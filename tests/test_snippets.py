@@ -47,12 +47,11 @@ def composing(names: Names) -> None:
     names |= {"pipe": pipe} | {name: names["Concept"](name=name, region=box) for name, box in boxes.items()}
 
 
-def playground(names: Names, name: str = "playground") -> None:
-    names["pipe"] = ComposePipeline.from_pretrained(assets_dir() / name / "model")
-    names["pipe"].add_concepts(assets_dir() / name / "loras")
+def playground(names: Names) -> None:
+    names["pipe"] = ComposePipeline.from_pretrained(assets_dir() / "playground" / "model")
+    names["pipe"].add_concepts(assets_dir() / "playground" / "loras")
     Path("start").mkdir(exist_ok=True)
-    for image in (Path("start/2.png"), Path("start/3.png")):
-        names["Image"].open("start.png").resize((SIZE, SIZE)).save(image)
+    names["Image"].open("start.png").resize((SIZE, SIZE)).save("start/0.png")
     names["prompt"] = "a sks cat and a zwx dog and a ohwx rabbit on grass"
 
 
@@ -129,8 +128,7 @@ BEFORE: dict[tuple[str, int], Callable[[Names], None]] = {
     ("docs/batch.md", 0): tables,
     ("docs/evaluation.md", 0): evaluated,
     ("docs/image-to-image.md", 0): playground,
-    ("docs/image-to-image.md", 2): lambda names: playground(names, "playground-flux"),
-    ("docs/image-to-image.md", 3): playground,
+    ("docs/image-to-image.md", 2): playground,
     ("docs/merge.md", 0): one_layer,
     ("docs/methods/lora-composer.md", 1): evaluated,
     ("docs/methods/tara.md", 1): evaluated,
@@ -143,7 +141,7 @@ BEFORE: dict[tuple[str, int], Callable[[Names], None]] = {
 
 FAMILY = {("docs/models.md", number): "sdxl" for number in (11, 12)}  # of the LoRAs beside code that names no model
 ALL_STEPS = {
-    ("docs/image-to-image.md", 3),  # it reads the maps of the thirteenth
+    ("docs/image-to-image.md", 2),  # it reads the maps of the thirteenth
     ("docs/models.md", 6), ("docs/models.md", 7),  # Ideogram's scales of guidance are those of 48 steps
 }  # fmt: skip
 USUAL = {
