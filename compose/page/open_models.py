@@ -169,7 +169,7 @@ class OpenModels:
     def open(self, choice: ModelChoice) -> OpenModel:
         """Opens a model, unless it is open. ModelError if there is none of ours, ValueError for device or precision.
 
-        One after the other, since two might not fit into memory; who wants one that is open need not wait.
+        Models are opened one after the other, since two might not fit into memory; calls for an open one do not wait.
         """
         if (known := self._known(choice)) is not None:
             return known

@@ -82,7 +82,7 @@ def model() -> OpenModel:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    """Of the example's characters alone, whose references are embedded sooner."""
+    """A judge of the example's two characters, since embedding the references of all takes longer."""
     judge, suite = Judge(), read_suite(SUITES[PLAYGROUND])
     few = tuple(suite.concept(name) for name in ("bear", "robot"))
     judge._suites[PLAYGROUND] = suite.model_copy(update={"concepts": few})
