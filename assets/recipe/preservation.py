@@ -2,13 +2,17 @@
 
 export PYTHONPATH=assets
 for how in none images captions; do
-  python -m recipe.loras references prior trained/$how --model MODEL --kind ordinary --preserve $how
+  python -m recipe.loras references prior trained/$how --model MODEL --kind ordinary --preserve $how \
+    --concept cat --concept dog --concept mira
 done
-python -m recipe.preservation assets/suites/playground-quick.yaml trained preservation.yaml --model MODEL
+python -m recipe.preservation assets/suites/playground-full.yaml trained preservation.yaml --model MODEL
 lora-compose evaluate preservation.yaml --out outputs/evaluation/preservation
+
+Every pair of the concepts that were trained stands in each of four places.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,29 +21,47 @@ import yaml
 
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.loras import Preserve
+from recipe.suites import HALVES, Place
 
 METHODS = ("merge", "regional", "draft")
+GROUNDS = ("on grass", "in snow", "in a room", "on a white background")
 
 
 def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict[str, Any]:
-    """The suite with a LoRA of each kind for every concept, and each method with each kind."""
+    """The suite with the concepts of which there is a LoRA of each kind, in pairs, and each method with each kind.
+
+    Raises:
+        ValueError: If there are not two such concepts.
+    """
     kinds = [kind.value for kind in Preserve]
-    concepts = [
-        {
-            **concept,
-            "lora": {kind: str((trained / kind / f"{concept['name']}.safetensors").resolve()) for kind in kinds},
-        }
-        for concept in suite["concepts"]
+    concepts: list[dict[str, Any]] = []
+    for concept in suite["concepts"]:
+        files = {kind: (trained / kind / f"{concept['name']}.safetensors").resolve() for kind in kinds}
+        if all(file.is_file() for file in files.values()):
+            concepts.append({**concept, "lora": {kind: str(file) for kind, file in files.items()}})
+    if len(concepts) < 2:
+        raise ValueError(f"{trained} needs LoRAs of at least two concepts, each in the folders {', '.join(kinds)}")
+    names = [concept["name"] for concept in concepts]
+    methods = [
+        {"name": f"{method}, {kind}", "method": method, "lora": kind,
+         "settings": {"keep_regions": False} if method == "draft" else {}}
+        for method in METHODS for kind in kinds
+    ]  # fmt: skip
+    changed = {"name": "preservation", "concepts": concepts, "scenes": _pairs(names), "methods": methods}
+    return {**suite, **changed, "baseline": methods[0]["name"], "model": model or suite["model"]}
+
+
+def _pairs(names: Sequence[str]) -> list[dict[str, Any]]:
+    lines = [
+        line for pair in combinations(names, 2) for ground in GROUNDS for line in Place(pair, ground, HALVES).lines()
     ]
-    methods = [{"name": f"{method}, {kind}", "method": method, "lora": kind} for method in METHODS for kind in kinds]
-    changed = {"name": "preservation", "concepts": concepts, "methods": methods, "baseline": f"merge, {kinds[0]}"}
-    return {**suite, **changed, "model": model or suite["model"]}
+    return yaml.safe_load("\n".join(lines))
 
 
 @handle_errors()
 def main(
     suite: Path,
-    trained: Annotated[Path, typer.Argument(help="Has a folder of LoRAs for each kind.")],
+    trained: Annotated[Path, typer.Argument(help="Has a folder of LoRAs for each kind: none, images, captions.")],
     out: Annotated[Path, typer.Argument(help="The suite to write.")],
     model: Annotated[str | None, typer.Option(help="The model that the LoRAs are for, if not the suite's.")] = None,
 ) -> None:
