@@ -340,7 +340,7 @@ def installed_bank(
     """Lets a bank of `bank_for` act on the `forward` of a model's layers; it stays the caller's, who may move it.
 
     Args:
-        device: That of the passes; the bank may be on another one.
+        device: The device of the passes; the bank may be on another one.
         around: Calls a bank layer, e.g. with its factors on the device of the input.
 
     Raises:

@@ -108,12 +108,12 @@ class JointRegions:
         """
         text = [PositionKind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [PositionKind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
-        image = _cells(membership)
+        image = _image_kinds(membership)
         image += [PositionKind("image", frozenset())] * (site.padded(len(image)) - len(image))
         if references is None and site.reference_cells is not None:
             references = membership.new_zeros(site.reference_cells, membership.shape[1])
         of: Mapping[SitePart, Sequence[PositionKind]] = {
-            "text": text, "image": image, "reference": image if references is None else _cells(references)
+            "text": text, "image": image, "reference": image if references is None else _image_kinds(references)
         }  # fmt: skip
         alone: tuple[SiteParts, SiteParts] = ("text",), ("image",)
         sequences = {parts: [kind for part in parts for kind in of[part]] for parts in (*alone, site.parts)}
@@ -218,7 +218,7 @@ def _into(
         out[rows if isinstance(rows, slice) else rows[:, None], queries] = attended
 
 
-def _cells(membership: Tensor) -> list[PositionKind]:
+def _image_kinds(membership: Tensor) -> list[PositionKind]:
     rows = membership.tolist()  # at once: a tensor for each cell would take a tenth of a second
     return [PositionKind("image", frozenset(n for n, inside in enumerate(row, 1) if inside)) for row in rows]
 

@@ -72,7 +72,7 @@ def bounds(region: Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def strongest(maps: Tensor, threshold: float) -> Tensor:
+def thresholded(maps: Tensor, threshold: float) -> Tensor:
     """The cells of a map whose value is above a share of its maximum, which is below 1.
 
     Maps are not negative. The highest cell is always included, unless the map is 0 everywhere. Shape: [..., height,

@@ -109,6 +109,6 @@ def rate(step: int, steps: int) -> float:
 
 
 def share(step: int, done: float) -> float:
-    """The same, of a training of which so much is done, from 0 to 1."""
+    """The share of the learning rate, of a training of which so much is done, from 0 to 1."""
     falling = max(0.0, done - 0.4) / 0.6
     return min(1, (step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * falling)))

@@ -45,7 +45,7 @@ def kohya(pipe: Any, part: str, name: str) -> str:
 
 
 def kohya_original(pipe: Any, part: str, name: str) -> str:
-    """The same with the blocks of the original checkpoints: LDM's for SD, SGM's for SDXL."""
+    """As sd-scripts has it, with the names of blocks of the original checkpoints: LDM's for SD, SGM's for SDXL."""
     return kohya(pipe, part, _original(pipe.unet.config, name) if part == "unet" else name)
 
 
@@ -221,7 +221,7 @@ def with_words(tensors: Tensors, loras: Loras, pipe: Any, folder: Path) -> Path:
 
 
 def pickled(tensors: Tensors, loras: Loras, pipe: Any, folder: Path) -> Path:
-    """The same with `torch.save`: dictionaries by part."""
+    """With a word of its own, by `torch.save`: dictionaries by part."""
     params: dict[str, Tensors] = {"new_concept_embedding": {"<it>": _word(pipe)}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")

@@ -82,7 +82,7 @@ class Character(NamedTuple):
         return f"{self.trigger} {self.class_word}"
 
     def drawn(self, drawings: Drawings) -> Pixels:
-        """Its drawing with what it wears. Shape: [side, side, 4]."""
+        """The character's drawing with what it wears. Shape: [side, side, 4]."""
         sprite = drawings[self.drawing]
         if self.coat is not None:
             sprite = recoloured(sprite, self.coat)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, cat, nn
 
-from lora_compose.attention.backbones.ip_adapter import ImageAttention, image_attention
+from lora_compose.attention.backbones.ip_adapter import read_images
 from lora_compose.attention.backbones.processors import kernel_of, replace_processor
 from lora_compose.attention.backbones.truncation import replace_children
 from lora_compose.attention.claims import Journal, undoing
@@ -87,7 +87,7 @@ class UNetBackbone:
         """
         layers = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
         ours = {
-            layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state, image_attention(attn.processor))
+            layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state, attn.processor)
             for layer, attn in layers.items()
         }
         for layer, attn in layers.items():
@@ -263,16 +263,14 @@ class ComposeAttnProcessor:
     processor keeps nothing of a call.
 
     Args:
-        images: The images that the layer reads besides the text; None if it reads none.
+        replaced: diffusers' processor of the layer; those of IP-Adapters have projections for the images.
     """
 
-    def __init__(
-        self, layer: AttentionLayer, kernel: Kernel, state: ForwardState, images: ImageAttention | None = None
-    ) -> None:
+    def __init__(self, layer: AttentionLayer, kernel: Kernel, state: ForwardState, replaced: Any = None) -> None:
         self._layer = layer
         self._kernel = kernel
         self._state = state
-        self._images = images
+        self._replaced = replaced
 
     def __call__(
         self,
@@ -305,19 +303,17 @@ class ComposeAttnProcessor:
             self._kernel, layer.name, layer.level, query, key, value, attn.scale, layer.cross
         )
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
-        if self._images is not None:
-            regions = self._state.inputs.regions
-            read = self._images.read(self._kernel, query, images, ip_adapter_masks)
-            for of_image in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
-                hidden_states = hidden_states + of_image
+        regions = self._state.inputs.regions
+        for read in read_images(self._replaced, self._kernel, query, images, ip_adapter_masks) if images else ():
+            hidden_states = hidden_states + (read if regions is None else regions.at_queries(layer.level, read))
         to_out: Any = attn.to_out
         project, dropout = to_out
         hidden_states = dropout(project(hidden_states))
-        if not self._layer.cross:
+        if not layer.cross:
             for recorder in self._state.recorders:
-                recorder.take_output(self._layer.name, hidden_states)
-        if self._layer.cross and self._state.inputs.regions is not None:
-            hidden_states = self._state.inputs.regions.mean_over_queries(self._layer.level, hidden_states)
+                recorder.take_output(layer.name, hidden_states)
+        if layer.cross and regions is not None:
+            hidden_states = regions.mean_over_queries(layer.level, hidden_states)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor

@@ -86,7 +86,7 @@ class ComposedConcepts:
 
     Attributes:
         loras: Factors of each concept by ComfyUI's names of layers.
-        weights: That of each concept over the steps.
+        weights: The weight of each concept over the steps.
         regions: Where each acts on the image; None is everywhere, or is found by the draft.
         words: On which tokens of the text each acts, or on which of several texts. Shape: [tokens or texts, concepts];
             1 token stands for all.
@@ -169,7 +169,7 @@ class Acting:
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
-        weights: Those of the step (`ComposedConcepts.weights_at`).
+        weights: The concepts' weights in the step (`ComposedConcepts.weights_at`).
     """
 
     passes: Passes

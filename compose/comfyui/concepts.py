@@ -92,7 +92,7 @@ class NodeConcept:
 
     @property
     def weight(self) -> WeightSchedule:
-        """Its weight in every step."""
+        """The concept's weight in every step."""
         return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
 
 

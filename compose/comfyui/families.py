@@ -72,7 +72,7 @@ class Family:
     Attributes:
         sites: The layers that a LoRA may change, by name.
         attention: The modules whose `forward` runs one attention: what is in its sequence, and whether it reads text.
-        maps: Those whose attention shows where subjects are; all of one grid.
+        maps: The modules whose attention shows where subjects are; all of one grid.
         zeros: Where ComfyUI fills short texts with zeros; None where it repeats them to the length of longer ones.
         positions: The module that turns positions into rotary embeddings, where regional prompts each begin at the
             first position; None where they follow one another.

@@ -28,7 +28,7 @@ def refined(images: Tensor, concepts: Sequence[NodeConcept], text: str, size: in
     Args:
         images: Shape: [images, height, width, 3], in 0..1.
         concepts: Subjects without a region or without a LoRA are left as they are; styles act on every subject.
-        text: That of the images; each subject's text is made of it.
+        text: The text of the images; each subject's text is made of it.
         size: The longer side at which a subject is repainted.
 
     Raises:

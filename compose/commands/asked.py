@@ -12,6 +12,7 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.names import METHODS, check_merger, check_method, did_you_mean, file_near
+from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES
 from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 from lora_compose.pipelines.scene.sources import files_of, parse_lora
 from lora_compose.pipelines.support.field_errors import FieldError
@@ -255,7 +256,7 @@ def check_lookups(asked: Run) -> None:
 
 def mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
     """A mask image or a box, as written on the command line."""
-    is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    is_file = value.lower().endswith(IMAGE_SUFFIXES)
     return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")
 
 

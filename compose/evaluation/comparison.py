@@ -60,7 +60,7 @@ class RunComparison:
         ]
         lines += [f"- {marked(note)}" for note in self.notes]
         lines += ["", line(_HEADER), line(["---", "---", "---:", "---:", "---:", "---:", "---"])]
-        lines += [line([marked(cell) for cell in row]) for row in self._cells()]
+        lines += [line([marked(cell) for cell in row]) for row in self._rows()]
         return "\n".join(lines) + "\n"
 
     def __rich__(self) -> Group:
@@ -71,13 +71,13 @@ class RunComparison:
         for column in table.columns[2:6]:
             column.justify = "right"
         colours = {"B is better": "green", "B is worse": "red"}
-        for row in self._cells():
+        for row in self._rows():
             *cells, outcome = (Text(plain(cell)) for cell in row)
             outcome.stylize(colours.get(outcome.plain, "dim"))
             table.add_row(*cells, outcome)
         return table
 
-    def _cells(self) -> Iterator[list[str]]:
+    def _rows(self) -> Iterator[list[str]]:
         before = None
         for row in self.table.to_dict("records"):
             metric = next(measure for measure in METRICS if measure.key == row["metric"])

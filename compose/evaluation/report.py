@@ -228,7 +228,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
-    lines += _table(header, (_cells(row, shown, suite.baseline) for row in arms_table.to_dict("records")))
+    lines += _table(header, (_row(row, shown, suite.baseline) for row in arms_table.to_dict("records")))
     if outcomes := bars(arms_table):
         rows = (
             [marked(row["arm"]), *(number(row[measure.key], measure) for measure in OUTCOME_METRICS)]
@@ -255,7 +255,7 @@ _GUIDE = (
 )
 
 
-def _cells(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> list[str]:
+def _row(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> list[str]:
     name = marked(row["arm"]) + (" (baseline)" if row["role"] == "baseline" else "")
     cells = [f"*{name}*" if row["role"] == "sanity" else name]
     for metric in shown:

@@ -21,14 +21,13 @@ from lora_compose.compose.evaluation.results import ConceptScore, Features, Imag
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
-from lora_compose.pipelines.scene.mask_images import Box, on_white, upright_image
+from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES, Box, on_white, upright_image
 from lora_compose.pipelines.scene.scene import head_noun_of
 from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"
 """The file beside reference images that may say where in them the concept is."""
 

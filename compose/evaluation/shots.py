@@ -59,7 +59,9 @@ class Shot:
     @property
     def slots(self) -> np.ndarray:
         """The matrix of `confusion`, of the subjects that count. Shape: [acting, acting]."""
-        return _matrix({name: self.scores.concepts[name].slot for name in self.names}, self.names)
+        # Alone nothing can be swapped, and by place what was found may be another's, whose LoRA does not act.
+        crop = "slot" if self.planned.alone is None else "similarity"
+        return _matrix({name: getattr(self.scores.concepts[name], crop) for name in self.names}, self.names)
 
     @property
     def true(self) -> np.ndarray | None:

@@ -104,7 +104,7 @@ class SuiteMethod(Frozen):
 
     Attributes:
         name: Its name in tables.
-        settings: Those that differ from its defaults.
+        settings: The settings that differ from the method's defaults.
         lora: The kind of LoRAs it uses; None is each concept's first.
         merge: How the LoRAs of the scene and of its `bundle` are merged into one, a name of `MERGERS`. With the method
             `merge` that acts once, everywhere; with others each subject has it, in its region. None merges no files.

@@ -15,7 +15,6 @@ from lora_compose.compose.evaluation.planning import fingerprint
 from lora_compose.compose.evaluation.results import CLAIMS
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept
 from lora_compose.compose.files.claims import Claims
-from lora_compose.compose.files.validation import field_messages
 from lora_compose.compose.generate.facts import digest, file_hash
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.frozen import Frozen
@@ -24,6 +23,7 @@ from lora_compose.compose.training.data import read_images
 from lora_compose.compose.training.loop import DivergedError, Stopped, train
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.settings import Training
+from lora_compose.pipelines.support.field_errors import field_messages
 from lora_compose.pipelines.support.home import expanded
 
 FOLDER = "loras"

@@ -138,10 +138,10 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
 
 
-def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
-    """An image with the maps and masks of its concepts at so many of the recorded steps."""
+def maps_sheet(image: Image.Image, run: Run, attention: Attention) -> Image.Image:
+    """An image with the maps and masks of its concepts, at up to five of the recorded steps."""
     last = len(attention.steps) - 1
-    chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
+    chosen = sorted({round(last * part / 4) for part in range(5)})
     draft, rows = attention.draft, []
     for i, concept in enumerate(run.scene.concepts):
         before = [] if draft is None else [draft_heat(image, draft, i)]

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
-from lora_compose.pipelines.scene.mask_images import URI_PREFIX
+from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES, URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run, Start
 from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.home import expanded
@@ -20,7 +20,7 @@ from lora_compose.pipelines.support.quantising import QUANTISED
 _PICKLES = (".ckpt", ".bin", ".pt")
 INDEXES = ("model_index.json", "modular_model_index.json")
 """The index in a model's folder: of diffusers' pipelines, and of its modular pipelines."""
-_FILES = (".safetensors", ".gguf", ".onnx", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FILES = (".safetensors", ".gguf", ".onnx", *_PICKLES, *IMAGE_SUFFIXES)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)

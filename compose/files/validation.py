@@ -7,8 +7,6 @@ from pydantic import BaseModel, ValidationError
 from lora_compose.compose.files.reading import FileError
 from lora_compose.pipelines.support.field_errors import field_messages, field_names, shown_value
 
-__all__ = ["field_messages", "validated"]
-
 _Model = TypeVar("_Model", bound=BaseModel)
 
 

@@ -28,7 +28,7 @@ NEEDS: Mapping[str, str] = {
 """What a method needs of the concepts; the others need nothing."""
 
 
-def listed() -> dict[str, Any]:
+def every_method() -> dict[str, Any]:
     """What the command shows: `methods` by name with summary, needs and settings (default, text); `presets` by name."""
     methods = {}
     for name in METHODS:
@@ -71,7 +71,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 def write(path: Path = METHODS_FILE) -> Path:
     """Writes what the command shows into a file, and returns its path."""
-    path.write_text(json.dumps(listed(), indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps(every_method(), indent=1) + "\n", "utf-8")
     return path
 
 

@@ -95,7 +95,7 @@ def _show(inspection: Inspection, every_key: bool) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in lines:
-        table.add_row(*_cells(label, text))
+        table.add_row(*_plain_row(label, text))
     out.print(table)
     if inspection.blocks:
         out.print(_blocks_table(inspection))
@@ -116,7 +116,7 @@ def _blocks_table(inspection: Inspection) -> Table:
     table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
     for block in inspection.blocks:
         norm = ["" if block.norm is None else f"{block.norm:.3g}"] if matched else []
-        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, block.rank, block.alpha, *norm))
+        table.add_row(*_plain_row(f"{block.part} {block.name}", block.layers, block.rank, block.alpha, *norm))
     return table
 
 
@@ -126,13 +126,13 @@ def _show_overlaps(shared: Sequence[Overlap]) -> None:
         echo(f"{first} and {second}", style="bold")
         table = Table("block", "overlap of energy")
         for block, share in overlap.blocks:
-            table.add_row(*_cells(block, f"{share:.2%}"))
+            table.add_row(*_plain_row(block, f"{share:.2%}"))
         if overlap.whole is not None:
-            table.add_row(*_cells("all", f"{overlap.whole:.2%}"), style="bold")
+            table.add_row(*_plain_row("all", f"{overlap.whole:.2%}"), style="bold")
             out.print(table)
         echo(f"{overlap.meaning}\n")
 
 
-def _cells(*values: Any) -> list[Text]:
+def _plain_row(*values: Any) -> list[Text]:
     """Untrusted strings, without markup and control characters."""
     return [Text(plain(value)) for value in values]

@@ -58,11 +58,11 @@ def match_files(
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
     kernels = {name: tuple(factors.down.shape[2:]) for lora in reversed(loras) for name, factors in lora.items()}
-    sites = {name: FileLayer(called[name], kernels[name]) for name in names}
+    file_layers = {name: FileLayer(called[name], kernels[name]) for name in names}
     changes = side_by_side(
         loras, [given_lora.weight for given_lora in given], [given_lora.source for given_lora in given]
     )
-    return Matched(given, changes, sites, spelling, tuple(notes))
+    return Matched(given, changes, file_layers, spelling, tuple(notes))
 
 
 def _family(given: Sequence[Given]) -> Any:
@@ -94,10 +94,10 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
                 f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
                 "same model from the same kind of trainer"
             )
-    sites: dict[Name, FileLayer] = {}
+    file_layers: dict[Name, FileLayer] = {}
     for layers in named:
         for name, layer in layers.items():
-            sites.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
+            file_layers.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
     loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
     notes = [
         f"{given_lora.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
@@ -113,7 +113,7 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
     changes = side_by_side(
         loras, [given_lora.weight for given_lora in given], [given_lora.source for given_lora in given]
     )
-    return Matched(given, changes, sites, own, tuple(notes))
+    return Matched(given, changes, file_layers, own, tuple(notes))
 
 
 def _spelling(file: LoraFile) -> Spelling:

@@ -45,7 +45,7 @@ _BASE = (
 
 @dataclass(frozen=True)
 class Given:
-    """One of the files that are merged."""
+    """A file that is merged, and its weight."""
 
     source: str
     file: LoraFile
@@ -62,7 +62,7 @@ class Matched:
 
     given: Sequence[Given]
     changes: Mapping[Name, Changes]
-    sites: Mapping[Name, FileLayer]
+    layers: Mapping[Name, FileLayer]
     spelling: Spelling
     notes: tuple[str, ...]
 
@@ -145,7 +145,7 @@ def merge_files(
             merged, kept = (merged, 1.0) if rank is None else _cut(merged, rank)
             tally.add(_block(name), changes, merged, kept)
             up, down = matrices(merged)
-            for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype, alpha):
+            for key, tensor in tensors(matched.spelling, matched.layers[name], LoraFactors(down, up), dtype, alpha):
                 writer.add(key, tensor)
             if on_progress is not None:
                 on_progress(done / len(layers))

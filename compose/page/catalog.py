@@ -64,7 +64,7 @@ def cached_models(cache: Path) -> list[KnownModel]:
     return [KnownModel(source, family, "in the hub's cache") for source, family in families.items()]
 
 
-def listed(path: Path) -> ShownLora:
+def shown_lora(path: Path) -> ShownLora:
     """A LoRA as its header describes it, weights unchecked. Raises LoraError if it has no readable header."""
     words = read_words(path)
     try:

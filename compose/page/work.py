@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from io import BytesIO
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,13 @@ class Result:
     def run(self) -> Run:
         """How it was made."""
         return self.made.record.run
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        """The image as Streamlit would send it, which would encode it again each time that the page is drawn."""
+        buffer = BytesIO()
+        self.made.image.save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.selection import choose_concepts
 
 
-def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
+def chosen_concepts(request: ImageRequest) -> Sequence[RequestedConcept]:
     """The concepts of a request that has been chosen for."""
     return request.concepts if isinstance(request.concepts, tuple) else ()
 
@@ -33,7 +33,7 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
             raise ValueError(f"the prompt names {len(named.names)} concepts; at most {MOST_CONCEPTS}")
         concepts = tuple(RequestedConcept(name=name) for name in named.names)
         request = request.model_copy(update={"prompt": named.prompt, "concepts": concepts})
-    headers = [_header(pipe, i, concept) for i, concept in enumerate(listed(request))]
+    headers = [_header(pipe, i, concept) for i, concept in enumerate(chosen_concepts(request))]
     if not headers:
         return request, None
     if request.method is not None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.files.images import Record
-from lora_compose.compose.serve.choosing import chosen, listed
+from lora_compose.compose.serve.choosing import chosen, chosen_concepts
 from lora_compose.compose.serve.recording import record_of
 from lora_compose.compose.serve.requests import ImageRequest
 from lora_compose.pipelines.scene.scene import Concept, Run
@@ -279,7 +279,7 @@ def call_pipe(
     composed: dict[str, Any] = {}
     if first.concepts:
         composed = {
-            "concepts": [[concept.concept for concept in listed(request)] for request in requests],
+            "concepts": [[concept.concept for concept in chosen_concepts(request)] for request in requests],
             "method": first.method,
         }
     negative = [request.negative_prompt for request in requests] if first.negative_prompt else None

@@ -8,7 +8,7 @@ from lora_compose.compose.files.paths import is_hub_name, moved_weights
 from lora_compose.compose.generate.facts import file_hash
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.playground.assets import PLAYGROUNDS
-from lora_compose.compose.serve.choosing import listed
+from lora_compose.compose.serve.choosing import chosen_concepts
 from lora_compose.compose.serve.requests import ImageRequest
 from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import ASKED_FOR
@@ -28,7 +28,7 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
     LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
     """
     concepts, hashes = [], {}
-    for asked in listed(request):
+    for asked in chosen_concepts(request):
         if asked.concept.is_bystander:
             concepts.append(asked.concept)
             continue

@@ -12,7 +12,7 @@ from lora_compose.compose.batch.settings import LAST_SEED
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.names import METHODS
 from lora_compose.pipelines.concepts.tags import read_tags
-from lora_compose.pipelines.scene.given import fields_of, listed
+from lora_compose.pipelines.scene.given import as_fields, fields_of
 from lora_compose.pipelines.scene.scene import Concept, Fractions, Region, check_box
 from lora_compose.pipelines.support.spelling import did_you_mean
 
@@ -131,7 +131,7 @@ class ImageRequest(_Asked):
             raise ValueError(f"there are {len(given)} concepts; at most {MOST_CONCEPTS}")
         if isinstance(given, dict):
             return [_named(name, value) for name, value in given.items()]
-        return listed(given)
+        return as_fields(given)
 
     @field_validator("method")
     @classmethod

@@ -9,12 +9,12 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from lora_compose.compose.files.validation import field_messages
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err
 from lora_compose.compose.training.loop import DivergedError, OnStep, Stopped
 from lora_compose.compose.training.loop import train as run_training
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.settings import TaraTraining, Training
+from lora_compose.pipelines.support.field_errors import field_messages
 
 INTERRUPTED = 130
 

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.pipelines.scene.mask_images import on_white, upright_image
+from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES, on_white, upright_image
 from lora_compose.pipelines.support.regular import open_regular, sha256_of
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"
 _CAPTION_LIMIT = 2**20  # bytes of a file with captions
 
@@ -103,9 +102,9 @@ def with_references(images: Sequence[TrainingImage], folders: Sequence[Path]) ->
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r} with images")
-    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=_natural)
     if not paths:
-        raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} holds no images; expected files that end with {', '.join(IMAGE_SUFFIXES)}")
     return paths
 
 

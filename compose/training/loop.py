@@ -26,7 +26,7 @@ from lora_compose.compose.training.learner import Batch, Learner, Losses, Weight
 from lora_compose.compose.training.model import cast, lora_parameters, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
-from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
+from lora_compose.compose.training.preparation import Adapter, CaptionedImages, adapt, encode, read_captioned
 from lora_compose.compose.training.sampling import save_samples
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.stopping import stop_request
@@ -95,7 +95,7 @@ class _Trainer:
     learner: Any
     optimizers: Sequence[Any]
     batches: Batches
-    texts: Texts
+    captioned: CaptionedImages
     data: str
 
     @property
@@ -207,8 +207,8 @@ class _Trainer:
 
     def _save_samples(self, done: int) -> None:
         if self.accelerator.is_main_process:
-            samples, side = self.texts.samples, self.texts.side
-            first = squares(self.texts.images[0].references, side)
+            samples, side = self.captioned.samples, self.captioned.side
+            first = squares(self.captioned.images[0].references, side)
             save_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side, first)
         self.accelerator.wait_for_everyone()
 
@@ -226,11 +226,11 @@ class _Trainer:
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
-    noising, texts = base.noising(settings.high_noise), read_texts(base, settings)
+    noising, captioned = base.noising(settings.high_noise), read_captioned(base, settings)
     # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it.
     cast(base.network, _PRECISIONS[settings.mixed_precision])
     base.pipe.to(accelerator.device)
-    data = encode(base, texts, settings, accelerator)
+    data = encode(base, captioned, settings, accelerator)
     adapter = adapt(base, settings, data.rows)
     trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
     logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
@@ -250,7 +250,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
         processes=accelerator.num_processes,
         process=accelerator.process_index,
     )
-    return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, texts, data.data)
+    return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, captioned, data.data)
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

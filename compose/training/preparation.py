@@ -16,8 +16,8 @@ from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.words import (
+    CaptionWords,
     WordFeatures,
-    Words,
     check_class_caption,
     class_caption,
     find_concept,
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class CaptionedImages:
     """The concept's images, its words by caption, the samples' prompts with trigger tokens, and the side."""
 
     images: tuple[TrainingImage, ...]
-    words: dict[str, Words]
+    words: dict[str, CaptionWords]
     samples: tuple[tuple[str, Sequence[int]], ...]
     side: int
 
@@ -56,7 +56,7 @@ class Adapter:
     alignment: Alignment | None = None
 
 
-def read_texts(base: Base, settings: Training) -> Texts:
+def read_captioned(base: Base, settings: Training) -> CaptionedImages:
     """Reads images and captions and finds the concept's words. Raises DataError if anything cannot be used."""
     images = read_images(settings.images, [settings.filled(settings.prompt)])
     images = with_references(images, settings.references)
@@ -67,33 +67,33 @@ def read_texts(base: Base, settings: Training) -> Texts:
     noun = settings.tara is not None and settings.tara.needs_class_word
     clean = settings.tara is not None and settings.tara.class_target == "clean"
 
-    def find(caption: str, noun: bool) -> Words:
+    def find(caption: str, noun: bool) -> CaptionWords:
         return find_concept(base.tokenizers, caption, settings.concept, noun=noun, clean=clean)
 
     words = {caption: find(caption, noun) for caption in dict.fromkeys(image.caption for image in images)}
     prompts = settings.sample_prompts or (next(iter(words)),)
     samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in prompts)
-    return Texts(images, words, samples, side)
+    return CaptionedImages(images, words, samples, side)
 
 
-def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> TrainingData:
+def encode(base: Base, captioned: CaptionedImages, settings: Training, accelerator: Accelerator) -> TrainingData:
     """Encodes all images and captions; generates missing class images first."""
-    class_images = _class_images(base, settings, accelerator, texts.side)
+    class_images = _class_images(base, settings, accelerator, captioned.side)
     tara = settings.tara is not None  # otherwise nothing asks where triggers are
-    triggers = {caption: words.trigger for caption, words in texts.words.items()} if tara else {}
-    concept = encode_images(base, texts.images, triggers, texts.side)
-    prior = encode_images(base, class_images, {}, texts.side) if class_images else None
+    triggers = {caption: words.trigger for caption, words in captioned.words.items()} if tara else {}
+    concept = encode_images(base, captioned.images, triggers, captioned.side)
+    prior = encode_images(base, class_images, {}, captioned.side) if class_images else None
     if settings.preserve_class:
-        about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in texts.images]
-        prior = of_class(base, concept, about_class, texts.side)
+        about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in captioned.images]
+        prior = of_class(base, concept, about_class, captioned.side)
     if prior is not None:
         concept, prior = of_one_length(concept, prior)
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
-        class_text, _ = base.texts([words.class_caption for words in texts.words.values()])
-        rows = rows_of(list(texts.words.values()), concept.text, class_text)
-    logger.info("%d images of the concept, %d of its class", len(texts.images), len(class_images))
-    return TrainingData(concept, prior, rows, digest([*texts.images, *class_images]))
+        class_text, _ = base.texts([words.class_caption for words in captioned.words.values()])
+        rows = rows_of(list(captioned.words.values()), concept.text, class_text)
+    logger.info("%d images of the concept, %d of its class", len(captioned.images), len(class_images))
+    return TrainingData(concept, prior, rows, digest([*captioned.images, *class_images]))
 
 
 def _class_images(base: Base, settings: Training, accelerator: Accelerator, side: int) -> tuple[TrainingImage, ...]:

@@ -10,9 +10,9 @@ from PIL import Image
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.batches import generator
-from lora_compose.compose.training.data import SUFFIXES
 from lora_compose.compose.training.focus import Focus
 from lora_compose.compose.training.settings import Training
+from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def generate_class_images(base: Base, accelerator: Accelerator, settings: Traini
     """Generates class images with captions by the base model, up to the number in the settings."""
     folder = settings.class_folder
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    there = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     missing = [number for number in range(settings.class_count) if not (folder / _name(number)).exists()]
     missing = missing[: max(0, settings.class_count - there)]
     if missing:

@@ -35,7 +35,7 @@ class Occurrence:
 
 
 @dataclass(frozen=True)
-class Words:
+class CaptionWords:
     """A caption, the text of its class features (itself, or without the trigger), and its mentions."""
 
     caption: str
@@ -48,7 +48,9 @@ class Words:
         return tuple(position for occurrence in self.occurrences for position in occurrence.trigger)
 
 
-def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool) -> Words:
+def find_concept(
+    tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool
+) -> CaptionWords:
     """Finds the concept's words in a caption, by tokenizers that must agree about the positions (SDXL has two).
 
     `noun` is whether the class word is needed, `clean` whether class features come from the caption without the
@@ -64,7 +66,7 @@ def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept
     return by_tokenizer[0]
 
 
-def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
+def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, clean: bool) -> CaptionWords:
     caption = unicodedata.normalize("NFC", caption)
     pairs = class_words(concept, caption, [concept])
     if not pairs:
@@ -88,7 +90,7 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
             raise DataError(str(error)) from error
         _check_known(tokenizer, caption, trigger, concept)
         occurrences.append(Occurrence(trigger, at))
-    return Words(caption, without, tuple(occurrences))
+    return CaptionWords(caption, without, tuple(occurrences))
 
 
 def _without_trigger(caption: str, concept: Concept) -> str:
@@ -155,7 +157,7 @@ class WordFeatures:
         return weights
 
 
-def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> WordFeatures:
+def rows_of(words: Sequence[CaptionWords], text: Tensor, class_text: Tensor) -> WordFeatures:
     """The features that alignment compares, from those of the captions and of their `class_caption`.
 
     A trigger and a class word of as many tokens are paired one by one; otherwise every token of the trigger belongs to

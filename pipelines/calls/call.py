@@ -185,7 +185,7 @@ def check_arguments(given: Mapping[str, Any], in_attention: Collection[str], *, 
 
     Args:
         given: The arguments of a call, by name.
-        in_attention: Those for attention processors that can be.
+        in_attention: Arguments of attention processors that can be combined with concepts.
         image_prompts: Whether IP-Adapters can be.
 
     Raises:

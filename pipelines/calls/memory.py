@@ -18,7 +18,7 @@ def check_size(backbone: Backbone, cell: int, device: torch.device, width: int, 
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
-        backbone: That of the call; its model needs no weights.
+        backbone: The call's backbone; its model needs no weights.
         cell: Side of a latent cell in pixels.
         device: Where the model runs.
         width: In pixels.

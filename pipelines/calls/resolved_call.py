@@ -43,7 +43,7 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import ASKED_FOR, Choice, Described, Settings, choose_method, make_method, name_of
+from lora_compose.pipelines.methods import ASKED_FOR, Choice, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
@@ -53,6 +53,7 @@ from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, PromptEncoder, Prompts, TextEncoder
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
+from lora_compose.pipelines.text.missing import Described
 from lora_compose.pipelines.text.textual_inversion import TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
 

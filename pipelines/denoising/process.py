@@ -20,8 +20,8 @@ from lora_compose.pipelines.denoising.together import Together, each_subject
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
-from lora_compose.pipelines.text import missing
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.missing import Described
 
 
 class Process(Protocol):
@@ -54,15 +54,6 @@ class Needs:
     region_attention: bool = False
     gradients: bool = False
     start_noise: bool = False
-
-
-class Described(missing.Described, Protocol):
-    """A concept as far as methods look at it before a call; its LoRA need not have been read."""
-
-    @property
-    def trained_with(self) -> str | None:
-        """How the LoRA was trained ("tara")."""
-        ...
 
 
 @runtime_checkable

@@ -75,8 +75,7 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
 
     def _encoded(self, words: str | list[str] | None, **options: Any) -> tuple[Tensor, Tensor]:
         """Features of one side, and the numbers that mask them."""
-        encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-        text, _, mask, *_ = encode_prompt(words, do_classifier_free_guidance=False, **options)
+        text, _, mask, *_ = self.encode_prompt(words, do_classifier_free_guidance=False, **options)
         return text, mask
 
     def _cfg_scale(self, step: Step) -> float:

@@ -61,6 +61,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     native_side: ClassVar[int | None] = None
     """Side of the model's images in pixels, where the VAE's configuration names another one."""
 
+    encode_prompt: Callable[..., tuple[Tensor, ...]]
+    """diffusers' method, whose annotations know no missing prompt and no plain tensors."""
+
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""

@@ -67,8 +67,7 @@ class FluxCalls(FlowMatchingPipeline):
                 read = list(map(read_emphasis, listed(second or first)))
                 first = [read_emphasis(text).text for text in listed(first)]
                 second = [emphasis.text for emphasis in read]
-            encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
-            text, pooled, _ = encode_prompt(
+            text, pooled, _ = self.encode_prompt(
                 first, prompt_2=second, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
                 pooled_prompt_embeds=pooled, max_sequence_length=length,
                 lora_scale=(given["joint_attention_kwargs"] or {}).get("scale"),
@@ -104,8 +103,7 @@ class FluxCalls(FlowMatchingPipeline):
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; "pooled_projections" come from CLIP."""
-        encode_prompt: Any = self.encode_prompt
-        text, pooled, _ = encode_prompt(
+        text, pooled, _ = self.encode_prompt(
             list(prompts), device=self._execution_device, max_sequence_length=self._readable(length or 512)
         )
         return text, {"pooled_projections": pooled}
@@ -127,8 +125,7 @@ class FluxCalls(FlowMatchingPipeline):
             if not first:
                 continue
             read = list(map(read_emphasis, second or first))
-            encode_prompt: Any = self.encode_prompt
-            text, pooled, _ = encode_prompt(
+            text, pooled, _ = self.encode_prompt(
                 list(map(plain_text, first)), prompt_2=[emphasis.text for emphasis in read],
                 device=self._execution_device, num_images_per_prompt=count, max_sequence_length=length,
                 lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),

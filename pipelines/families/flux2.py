@@ -43,8 +43,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         prompts_given = begun.prompts(length)
 
         def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            encode_prompt: Any = self.encode_prompt
-            text, _ = encode_prompt(
+            text, _ = self.encode_prompt(
                 words, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
                 max_sequence_length=length, text_encoder_out_layers=given["text_encoder_out_layers"],
             )  # fmt: skip
@@ -77,8 +76,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`."""
-        encode_prompt: Any = self.encode_prompt
-        text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
+        text, _ = self.encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text, {}
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:

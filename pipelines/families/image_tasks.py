@@ -251,7 +251,7 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _kept_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Width and height, in pixels, of the part that is worked on, in tasks that keep the size of the image."""
-        return given.cells(self.vae_scale_factor if given.is_latents else self.cell)
+        return given.rounded_size(self.vae_scale_factor if given.is_latents else self.cell)
 
     def _check_plain_start(self, given: FromImage, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError for a start image that cannot be used in a call without concepts."""

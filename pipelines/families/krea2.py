@@ -45,8 +45,7 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
         prompts_given = begun.prompts(given["max_sequence_length"], embeds)
 
         def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-            text, mask = encode_prompt(
+            text, mask = self.encode_prompt(
                 words, device=device, num_images_per_prompt=begun.images_per_prompt, prompt_embeds=embeds,
                 prompt_embeds_mask=mask, max_sequence_length=given["max_sequence_length"],
             )  # fmt: skip
@@ -62,8 +61,7 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; layers lie side by side."""
-        encode_prompt: Any = self.encode_prompt
-        text, mask = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
+        text, mask = self.encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text.flatten(2), {"text_mask": mask}
 
     def _template(self, length: int) -> TemplateTokenizer:

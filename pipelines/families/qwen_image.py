@@ -138,8 +138,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
 
     def _encoded(self, words: str | list[str] | None, tokens: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The text and its mask, cut or padded to a number of tokens; diffusers pads to the longest of a batch."""
-        encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-        text, mask = encode_prompt(words, max_sequence_length=tokens, **options)
+        text, mask = self.encode_prompt(words, max_sequence_length=tokens, **options)
         return padded(text, mask, tokens)
 
     def _template(self, length: int) -> TemplateTokenizer:

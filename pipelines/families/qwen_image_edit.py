@@ -106,13 +106,12 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         self, words: str | list[str] | None, tokens: int, images: Sequence[Image.Image], **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Texts behind the reference images, one at a time as in diffusers, padded to a number of tokens."""
-        encode_prompt: Any = self.encode_prompt
         if options["prompt_embeds"] is not None:
-            text, mask = encode_prompt(None, **options)
+            text, mask = self.encode_prompt(None, **options)
             return padded(text, mask, tokens)
         each = []
         for text in [words] if isinstance(words, str) else words or ():
-            embeds, mask = encode_prompt(text, image=list(images), **options)
+            embeds, mask = self.encode_prompt(text, image=list(images), **options)
             if embeds.shape[1] > tokens:
                 raise ValueError(
                     f"a text has {embeds.shape[1]} tokens with its reference images, and {tokens} are read: shorten "

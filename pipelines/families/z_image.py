@@ -67,9 +67,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         prompts_given = begun.prompts(length, embeds)
 
         def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            encode_prompt: Any = self._encode_prompt
             # A copy of the texts, because diffusers writes into them.
-            features = encode_prompt(list(words or ()), device=device, prompt_embeds=embeds, max_sequence_length=length)
+            features = self._encode_prompt(
+                list(words or ()), device=device, prompt_embeds=embeds, max_sequence_length=length
+            )
             rows = [row for row in features for _ in range(begun.images_per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
@@ -93,8 +94,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; texts keep their "lengths"."""
-        encode_prompt: Any = self._encode_prompt
-        rows = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
+        rows = self._encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _check_negative_embeds(self, given: GivenPrompts, embeds: Any) -> None:

@@ -16,8 +16,8 @@ from lora_compose.pipelines.support.finite import all_finite
 MAX_RANK = 128
 """Changes of adapters other than LoRA are kept exactly up to this rank."""
 
-_TINY = 1e-6
-"""Singular values below this share of the largest are rounding."""
+TINY = 1e-6
+"""Singular values below this share of the largest are rounding: files have fp32 at best."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,4 +110,4 @@ def leading(whole: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def numerical_rank(values: Tensor) -> int:
     """Number of sorted singular values above rounding; at least 1, since factors need a rank."""
-    return max(1, int((values > values[0] * _TINY).sum())) if len(values) else 1
+    return max(1, int((values > values[0] * TINY).sum())) if len(values) else 1

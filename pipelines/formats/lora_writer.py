@@ -65,7 +65,7 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
 
 
 def tensors(
-    spelling: Spelling, site: FileLayer, change: LoraFactors, dtype: torch.dtype, alpha: float
+    spelling: Spelling, layer: FileLayer, change: LoraFactors, dtype: torch.dtype, alpha: float
 ) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of one layer, from matrices at scale 1; with rank 0 there is nothing to write.
 
@@ -75,12 +75,12 @@ def tensors(
     if not change.rank:
         return
     down, up = change.down, change.up
-    if site.kernel:
-        down, up = down.reshape(len(down), -1, *site.kernel), up[:, :, None, None]
+    if layer.kernel:
+        down, up = down.reshape(len(down), -1, *layer.kernel), up[:, :, None, None]
     if spelling == "kohya":
         up = up * (change.rank / alpha)
     sides = {"diffusers": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[spelling]
     for side, tensor in zip(sides, (down, up), strict=True):
-        yield f"{site.stem}.{side}.weight", tensor.to(dtype)
+        yield f"{layer.stem}.{side}.weight", tensor.to(dtype)
     if spelling == "kohya":
-        yield f"{site.stem}.alpha", torch.tensor(float(alpha))
+        yield f"{layer.stem}.alpha", torch.tensor(float(alpha))

@@ -126,7 +126,7 @@ class FromImage:
         """Whether the images are given as latents."""
         return _are_latents(self.images)
 
-    def cells(self, scale: int) -> tuple[int, int]:
+    def rounded_size(self, scale: int) -> tuple[int, int]:
         """Width and height of the images in pixels, rounded down to whole latent cells of so many pixels."""
         width, height = self.size
         return (width * scale, height * scale) if self.is_latents else (width // scale * scale, height // scale * scale)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.formats.change import TINY
 
-TINY = 1e-6
-"""Singular values below this share of the largest are rounding: files have fp32 at best."""
-_TINY_SQUARE = 1e-12  # the same of squares of singular values
+_TINY_SQUARE = TINY**2  # the same of squares of singular values
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +112,13 @@ def gram(changes: Sequence[LoraFactors]) -> Tensor:
     up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
     down = torch.cat([change.down.flatten(1).float() for change in changes])
     products = ((up.T @ up) * (down @ down.T)).double()
-    file_of = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([change.rank for change in changes]))
-    membership = torch.nn.functional.one_hot(file_of, len(changes)).to(products)
+    return by_change(products, changes)
+
+
+def by_change(products: Tensor, changes: Sequence[LoraFactors]) -> Tensor:
+    """Products of the ranks of changes, summed for each pair of changes. Shape: [..., changes, changes]."""
+    change_of = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([change.rank for change in changes]))
+    membership = torch.nn.functional.one_hot(change_of, len(changes)).to(products)
     return membership.T @ products @ membership
 
 

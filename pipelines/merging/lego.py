@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import TINY, Spectrum, spectrum
+from lora_compose.pipelines.formats.change import TINY
+from lora_compose.pipelines.merging.factors import Spectrum, spectrum
 from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive, check_share
 
 _STARTS, _ROUNDS = 10, 100

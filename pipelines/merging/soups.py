@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import concatenated, matrices, scaled
+from lora_compose.pipelines.merging.factors import by_change, concatenated, matrices, scaled
 from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments, check_positive
 
 
@@ -53,13 +53,10 @@ class Soups(Merger):
 
 def best_numbers(changes: Changes, moments: Moments, ridge: float) -> Tensor:
     """The numbers a, not clamped; 1 for LoRAs that do not change the layer. Shape: [LoRAs]."""
-    ranks = torch.tensor([change.rank for change in changes])
-    file_of = torch.repeat_interleave(torch.arange(len(changes)), ranks)
-    membership = torch.nn.functional.one_hot(file_of, len(changes)).double()
     up = torch.cat([matrices(change)[0] for change in changes], dim=1)
     # For each run, the inner products of the LoRAs' contributions to the layer's output. Shape: [runs, LoRAs, LoRAs].
-    products = membership.T @ ((up.T @ up) * moments.alone.double()) @ membership
-    taking_part = ranks > 0
+    products = by_change((up.T @ up) * moments.alone.double(), changes)
+    taking_part = torch.tensor([change.rank > 0 for change in changes])
     products = products * taking_part[:, None, None]
     h = products.sum(0)
     g = torch.einsum("kik->i", products)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import TINY, coefficients, left_space, spectrum
+from lora_compose.pipelines.formats.change import TINY
+from lora_compose.pipelines.merging.factors import coefficients, left_space, spectrum
 from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_share
 
 

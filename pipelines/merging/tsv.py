@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import TINY, spectrum
+from lora_compose.pipelines.formats.change import TINY
+from lora_compose.pipelines.merging.factors import spectrum
 from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.denoising.process import Described, Settings
+from lora_compose.pipelines.denoising.process import Settings
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
@@ -19,7 +19,7 @@ from lora_compose.pipelines.methods.tara import Tara
 from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
-from lora_compose.pipelines.text import missing
+from lora_compose.pipelines.text.missing import Described, missing_words
 from lora_compose.pipelines.text.tokens import own_nouns
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Descr
     if prompts is None:
         return "prompt_embeds are given instead of a prompt"
     lacking = [
-        missing.missing_words(subject, prompt)
+        missing_words(subject, prompt)
         for prompt, subjects in zip(prompts, subjects_of, strict=True)
         for subject in subjects
         if not own_nouns(subject.concept, prompt, [other.concept for other in subjects])

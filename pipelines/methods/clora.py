@@ -26,18 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
+from lora_compose.attention import Gates, grid_at
 from lora_compose.attention.device import to_device
-from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
+from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, thresholded
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import Described, Needs, Process, Settings, check_choices, warn_unread
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import contrast
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_gates import region_gates
+from lora_compose.pipelines.methods.region_pass import region_pass
 from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.scene.rows import Rows
@@ -45,6 +45,7 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
+from lora_compose.pipelines.text.missing import Described
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
@@ -344,7 +345,7 @@ class Contrasting:
         maps, painted = smooth(maps) if self.settings.smoothed else maps, self._painted
         maps = maps if painted is None else maps * painted  # the maximum must be in the painted part, too
         masking = self.words.makes_mask[..., None, None]
-        masks = (strongest(maps, self.settings.threshold) & masking).any(dim=2)
+        masks = (thresholded(maps, self.settings.threshold) & masking).any(dim=2)
         for change in self.settings.morphology:
             masks = _CHANGES[change](masks)
         if painted is not None:
@@ -366,11 +367,7 @@ class Contrasting:
         """Subject n's mask as region n. Shape of masks: [subjects, height, width] on the latent grid."""
         session, text = self.session, self.texts[image]
         regions = Regions.of_masks(self.subjects, masks, session.canvas.levels, threshold=1.0)
-        partitions = {
-            level: Partition.of(cells.flatten(0, 1), session.canvas.device) for level, cells in regions.cells.items()
-        }
-        attention = RegionAttention(partitions, inject=True, isolate=self.settings.isolate)
-        spec = Pass(text, region_gates(session, text, regions), attention, image=image)
+        spec = region_pass(session, text, regions, isolate=self.settings.isolate, image=image)
         # Text and text gates do not change with the masks, so keys and values are shared.
         return session.denoiser.prepare(spec, same_text_as=self.regions[image] if self.regions else None)
 

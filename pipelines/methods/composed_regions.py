@@ -5,16 +5,14 @@ from functools import partial
 
 from torch import Tensor
 
-from lora_compose.attention import Partition, RegionAttention
-from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import ActingRows
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.apart import RegionCanvases, canvases_of
-from lora_compose.pipelines.methods.region_gates import Inject, region_gates
+from lora_compose.pipelines.methods.region_pass import Inject, region_pass
 from lora_compose.pipelines.methods.region_texts import RegionTexts
 from lora_compose.pipelines.scene.canvas import Step
-from lora_compose.pipelines.scene.regions import Regions, Window
+from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 APART_SIDE = 0.5
@@ -80,17 +78,10 @@ def compose_regions(
         rows: Where LoRAs act under guidance.
         image: Index of the image, if each image has its own regions.
     """
-
-    def make_pass(text: Conditioning, regions: Regions, window: Window | None = None, *, isolated: bool) -> Pass:
-        cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
-        partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
-        attention = RegionAttention(partitions, inject != "off", isolated)
-        return Pass(text, region_gates(session, text, regions, rows=rows, inject=inject), attention, window, image)
-
-    whole = later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=isolate > 0))
+    pass_of = partial(region_pass, session, isolate=isolate > 0, rows=rows, inject=inject, image=image)
+    whole = later = session.denoiser.prepare(pass_of(texts.together, regions))
     if 0 < isolate < 1:
-        later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=False), whole)
-    part_of = partial(make_pass, isolated=isolate > 0)
+        later = session.denoiser.prepare(pass_of(texts.together, regions, isolate=False), whole)
     side = session.canvas.backbone.native_side * apart_side
-    canvases = canvases_of(session, texts.alone, regions, side, whole, part_of) if apart > 0 else None
+    canvases = canvases_of(session, texts.alone, regions, side, whole, pass_of) if apart > 0 else None
     return ComposedRegions(session, texts.background, whole, later, canvases, apart, isolate)

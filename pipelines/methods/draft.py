@@ -32,7 +32,6 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
-    Described,
     ImageByImage,
     Needs,
     Process,
@@ -63,7 +62,7 @@ from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
-from lora_compose.pipelines.text.missing import missing_words
+from lora_compose.pipelines.text.missing import Described, missing_words
 from lora_compose.pipelines.text.prompts import about
 
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
@@ -471,7 +470,7 @@ def draft_only(pipe: Callable[..., Any], settings: Draft, **arguments: Any) -> D
 
     Args:
         pipe: A pipeline of ours.
-        arguments: Those of its call, but for the method; one prompt.
+        arguments: Arguments of the pipeline's call, but for the method; one prompt.
 
     Raises:
         ValueError: Whatever the call would raise; for fewer than two subjects; where all have regions that are kept.

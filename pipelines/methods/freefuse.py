@@ -27,7 +27,6 @@ from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, P
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
-    Described,
     FixedPasses,
     Process,
     Settings,
@@ -43,10 +42,8 @@ from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
-from lora_compose.pipelines.text.missing import missing_trigger
+from lora_compose.pipelines.text.missing import Described, missing_trigger
 from lora_compose.pipelines.text.tokens import is_named
-
-Words = Literal["class_word", "phrase"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class FreeFuse(Settings):
     """
 
     length: float = 1 / 3
-    words: Words = "class_word"
+    words: Literal["class_word", "phrase"] = "class_word"
     share: float = 0.1
     temperature: float | None = None
     own_bias: float = 1.0

@@ -35,7 +35,6 @@ from lora_compose.pipelines.denoising.passes import AttentionMaps, MapLoss, MapR
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
-    Described,
     Needs,
     Process,
     Settings,
@@ -48,13 +47,14 @@ from lora_compose.pipelines.methods.composed_regions import APART_SIDE, Composed
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import concentration, filling, outside_attention
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_gates import Inject
+from lora_compose.pipelines.methods.region_pass import Inject
 from lora_compose.pipelines.methods.region_texts import Background, region_texts
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.methods.targets import Target, targets_of, unmoved
 from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.missing import Described
 from lora_compose.pipelines.text.prompts import about
 
 Reinit = Literal["off", "copy", "swap"]
@@ -166,7 +166,7 @@ class LoraComposer(Settings):
         return self.inject != "off" and self.reinit != "off"
 
     def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
-        """One of the subjects needs a region, and each with a region needs a text, and words if it is moved."""
+        """At least one subject needs a region, and each with a region needs a text, and words if it is moved."""
         check_regions("lora-composer", concepts)
         if prompts is None:
             return

@@ -28,7 +28,6 @@ from lora_compose.attention import NORM_APART, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
-    Described,
     FixedPasses,
     ImageByImage,
     Process,
@@ -49,11 +48,10 @@ from lora_compose.pipelines.methods.region_texts import (
     shared_text,
 )
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
+from lora_compose.pipelines.scene.regions import HALF, Regions, read_mask, region_mask
 from lora_compose.pipelines.support.notes import warn_once
+from lora_compose.pipelines.text.missing import Described
 from lora_compose.pipelines.text.tokens import is_named
-
-Texts = Literal["auto", "shared", "regions", "subjects"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Regional(Settings):
 
     rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
-    texts: Texts = "auto"
+    texts: Literal["auto", "shared", "regions", "subjects"] = "auto"
     background: Background = "scene"
     isolate: float = 0.0
     norm_apart: float = NORM_APART
@@ -106,7 +104,7 @@ class Regional(Settings):
         return limited(groups, self.limit)
 
     def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
-        """One of the subjects needs a region."""
+        """At least one subject needs a region."""
         check_regions("regional", concepts)
 
     def start(self, session: Session) -> Process:
@@ -118,7 +116,7 @@ class Regional(Settings):
         wide = [concepts.concepts[i].name for i in concepts.with_loras if concepts.concepts[i].region is None]
         if wide and any(concept.is_bystander and concept.region is not None for concept in concepts.concepts):
             warn_once(f"without a region, {', '.join(wide)} acts on the whole image, also where bystanders are")
-        masks = {level: region_masks(session, level)[None] for level in canvas.levels}
+        masks = region_masks(session)
         everywhere = [concept.region is None for concept in concepts.concepts]
 
         pass_of = partial(
@@ -172,12 +170,16 @@ class Regional(Settings):
         return joint if own or self.isolate else None, own
 
 
-def region_masks(session: Session, level: int) -> Tensor:
-    """The concepts' regions on the grid of a level; 1 everywhere without a region. Shape: [cells, concepts]."""
-    canvas = session.canvas
-    grid = grid_at(canvas.latent_grid, level)
-    masks = [region_mask(concept.region, canvas.image_size, grid) for concept in session.concepts.concepts]
-    return torch.stack(masks, dim=-1).flatten(0, 1).to(canvas.device)
+def region_masks(session: Session) -> dict[int, Tensor]:
+    """By level, the concepts' regions on its grid; 1 everywhere without a region. Shape: [1, cells, concepts] each."""
+    canvas, by_level = session.canvas, {}
+    given = [concept.region for concept in session.concepts.concepts]
+    regions = [read_mask(region) if isinstance(region, str) else region for region in given]  # once for all levels
+    for level in canvas.levels:
+        grid = grid_at(canvas.latent_grid, level)
+        masks = [region_mask(region, canvas.image_size, grid) for region in regions]
+        by_level[level] = torch.stack(masks, dim=-1).flatten(0, 1)[None].to(canvas.device)
+    return by_level
 
 
 def given_cells(session: Session, joint: Site) -> Tensor:

@@ -24,7 +24,6 @@ from lora_compose.attention import Gates, SitePart
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import (
-    Described,
     FixedPasses,
     Settings,
     check_choices,
@@ -36,7 +35,7 @@ from lora_compose.pipelines.denoising.together import Together, each_subject, li
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
-from lora_compose.pipelines.text.missing import missing_trigger
+from lora_compose.pipelines.text.missing import Described, missing_trigger
 from lora_compose.pipelines.text.tokens import find_trigger
 
 CfgMask = Literal["cond_only", "broadcast"]

@@ -70,7 +70,7 @@ def _box_of_sides(given: Any) -> tuple[float, ...] | None:
     return box if is_box(box) and is_fractions(box) else None
 
 
-def listed(concepts: Any) -> Any:
+def as_fields(concepts: Any) -> Any:
     """A concept set as a list of fields; anything else stays as it is. ValueError as `fields_of`, or without a name."""
     if isinstance(concepts, Mapping):
         if isinstance(concepts.get("lora"), str | list | tuple) and not is_fields(concepts):

@@ -21,6 +21,7 @@ PIXEL_LIMIT = 64 * 2**20
 SIDE_LIMIT = 2**15  # pixels; Pillow keeps a pointer to each row, which in narrow images need more than the pixels
 FILE_LIMIT = 256 * 2**20  # bytes; some parts of a file are read whole, whatever the size of the image
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 URI_PREFIX = "data:image/png;base64,"
 
 PADDING = 0.25

@@ -53,11 +53,11 @@ def check_region(concept: Concept, width: int | None, height: int | None) -> Non
     check_box(concept, width, height)
 
 
-def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
+def region_mask(region: BoxOrMask | Tensor | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
     """A region on a grid; 1 everywhere without a region.
 
     Args:
-        region: A box, or the path of a mask.
+        region: A box, the path of a mask, or a mask that has been read.
         image_size: Height and width of the canvas in pixels.
         sharp: Whether each pixel of a mask is inside or outside, split at half of the maximum; otherwise greys count in
             part.
@@ -67,9 +67,9 @@ def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp
     """
     if region is None:
         return torch.ones(grid)
-    if not isinstance(region, str):
+    if not isinstance(region, str | Tensor):
         return box_mask(in_pixels(region, *image_size[::-1]), image_size, grid)
-    mask = read_mask(region)
+    mask = read_mask(region) if isinstance(region, str) else region
     return resize_mask((mask >= mask.max() / 2).float() if sharp else mask, grid)
 
 

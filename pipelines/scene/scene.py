@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_compose.pipelines.scene.given import is_fields, listed
+from lora_compose.pipelines.scene.given import as_fields, is_fields
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractions, region_of
 from lora_compose.pipelines.scene.sources import LoraFiles, weighted
 from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
@@ -379,7 +379,7 @@ def concepts_of(given: Any) -> tuple[Concept, ...]:
         raise ValueError(
             f"concepts must be a list of names, Concepts or their fields, such as ['cat', 'dog'], not {given!r}"
         )
-    concepts = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in listed(given))
+    concepts = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in as_fields(given))
     if wrong := [concept for concept in concepts if not isinstance(concept, Concept)]:
         raise ValueError(f"concepts must be a list of names, Concepts or their fields, and one is {wrong[0]!r}")
     check_names(concepts)
@@ -400,7 +400,7 @@ class Scene(Start):
 
     prompt: Annotated[str, Field(min_length=1)]
     negative_prompt: str = ""
-    concepts: Annotated[tuple[Concept, ...], BeforeValidator(listed)] = ()
+    concepts: Annotated[tuple[Concept, ...], BeforeValidator(as_fields)] = ()
     width: Annotated[int, Field(gt=0)] | None = None
     height: Annotated[int, Field(gt=0)] | None = None
 

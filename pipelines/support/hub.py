@@ -45,7 +45,7 @@ def asking(repository: str, **options: Any) -> Iterator[None]:
 
     Args:
         repository: "owner/name", or a folder.
-        options: Those of `huggingface_hub` that were given; `cache_dir`, `revision` and `repo_type` are read.
+        options: Options of `huggingface_hub` that were given; `cache_dir`, `revision` and `repo_type` are read.
 
     Raises:
         HubError: If the repository is gated, private or missing, or the revision or a file is; if the connection broke;
@@ -146,7 +146,7 @@ def reachable(repository: str, *files: str, **options: Any) -> dict[str, Any]:
     Args:
         repository: "owner/name".
         files: Every copy of it has one of these, if any are named.
-        options: Those of `huggingface_hub` that the user has given.
+        options: Options of `huggingface_hub` that the user has given.
 
     Raises:
         ConnectionError: If the hub is out of reach, and the cache has no copy.

@@ -16,7 +16,7 @@ _MOST = 3  # proposals that a message lists
 
 
 class Described(Protocol):
-    """A concept as far as its words matter; its LoRA need not have been read."""
+    """A concept as far as it is looked at before a call; its LoRA need not have been read."""
 
     @property
     def concept(self) -> Concept:
@@ -26,6 +26,11 @@ class Described(Protocol):
     @property
     def words(self) -> Words:
         """The words that its file names."""
+        ...
+
+    @property
+    def trained_with(self) -> str | None:
+        """How the LoRA was trained ("tara")."""
         ...
 
 

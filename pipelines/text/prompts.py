@@ -8,19 +8,19 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.emphasis import replaced, substituted
 from lora_compose.pipelines.text.tokens import (
+    ConceptWords,
     Span,
-    Words,
+    concept_words,
     find_trigger,
     find_words,
     free_nouns,
     own_nouns,
     pairs_of,
     past,
-    words_of,
 )
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
-"""Words before a list of concepts that have no meaning without it: "a photo of a"."""
+"""ConceptWords before a list of concepts that have no meaning without it: "a photo of a"."""
 
 
 _ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
@@ -45,7 +45,7 @@ def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Conc
         others: Concepts with a trigger that stays. Where that is among the words of `concepts`, these stay as well, as
             plain words.
     """
-    start, end = _list_of(words_of(concepts), prompt)
+    start, end = _list_of(concept_words(concepts), prompt)
     bare = _tidy(substituted(_LEADING_UP, "", prompt[:start]) + " " + prompt[end:]) if end else prompt
     kept = all(find_trigger(other, bare) for other in others)
     return bare if kept else without_triggers(prompt, concepts)
@@ -67,7 +67,7 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept], *, alone: 
     """
     if concept.prompt is not None:
         return concept.prompt
-    every = words_of(concepts)
+    every = concept_words(concepts)
     spans = named_spans(concept, prompt, concepts)
     if not spans:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
@@ -94,7 +94,7 @@ def _with_article(before: str, article: str) -> str:
 
 
 @lru_cache(maxsize=64)  # the text of every concept replaces the same list
-def _list_of(every: tuple[Words, ...], prompt: str) -> Span:
+def _list_of(every: tuple[ConceptWords, ...], prompt: str) -> Span:
     """The span from the first word that names a concept to the last; (0, 0) if there is none."""
     spans = [span for words in every for span in _named(words, prompt, every)]
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
@@ -108,11 +108,11 @@ def named_spans(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     if concept.is_bystander:
         nouns = free_nouns(concept, prompt, concepts)
         return [nouns[k] for k in own_nouns(concept, prompt, concepts)]
-    (words,) = words_of([concept])
-    return _named(words, prompt, words_of(concepts))
+    (words,) = concept_words([concept])
+    return _named(words, prompt, concept_words(concepts))
 
 
-def _named(words: Words, prompt: str, every: tuple[Words, ...]) -> list[Span]:
+def _named(words: ConceptWords, prompt: str, every: tuple[ConceptWords, ...]) -> list[Span]:
     """The spans of `named_spans`, for the words of a concept and of all."""
     _, trigger, class_word = words
     if not trigger:

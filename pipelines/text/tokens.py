@@ -115,13 +115,13 @@ def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple
     return tuple(match.span() for match in matches if spaced(match[0]) == spaced(words))
 
 
-Words = tuple[str, str | None, str | None]
+ConceptWords = tuple[str, str | None, str | None]
 """Name, trigger and class word of a concept."""
 
 _WORDS = attrgetter("name", "trigger", "class_word")
 
 
-def words_of(concepts: Iterable[Concept]) -> tuple[Words, ...]:
+def concept_words(concepts: Iterable[Concept]) -> tuple[ConceptWords, ...]:
     """The words of concepts, which have a hash: a concept may hold an image."""
     return tuple(map(_WORDS, concepts))
 
@@ -135,10 +135,10 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     Args:
         concepts: All concepts that it may name.
     """
-    return pairs_of(_WORDS(concept), prompt, words_of(concepts))
+    return pairs_of(_WORDS(concept), prompt, concept_words(concepts))
 
 
-def pairs_of(words: Words, prompt: str, every: tuple[Words, ...]) -> list[tuple[Span, Span | None]]:
+def pairs_of(words: ConceptWords, prompt: str, every: tuple[ConceptWords, ...]) -> list[tuple[Span, Span | None]]:
     """`class_words` of the words of a concept, among those of every concept."""
     (name, trigger, class_word), triggers = words, _triggers(prompt, every)
     nouns, pairs = _free_nouns(class_word or "", prompt, every), []
@@ -154,7 +154,7 @@ def pairs_of(words: Words, prompt: str, every: tuple[Words, ...]) -> list[tuple[
 class _Triggers:
     """The places of the concepts' triggers in a prompt, and of class words that a tag joins to them."""
 
-    def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
+    def __init__(self, prompt: str, every: tuple[ConceptWords, ...]) -> None:
         spans = sorted((span, name) for name, trigger, noun in every for span in _found(trigger, noun, prompt))
         self._names = [name for _, name in spans]
         self._starts = [start for (start, _), _ in spans]
@@ -180,12 +180,12 @@ class _Triggers:
 
 # Every concept of a call asks for the words of all others: found once, a prompt with many of them takes linear time.
 @lru_cache(maxsize=64)
-def _triggers(prompt: str, every: tuple[Words, ...]) -> _Triggers:
+def _triggers(prompt: str, every: tuple[ConceptWords, ...]) -> _Triggers:
     return _Triggers(prompt, every)
 
 
 @lru_cache(maxsize=1024)
-def _free_nouns(class_word: str, prompt: str, every: tuple[Words, ...]) -> tuple[Span, ...]:
+def _free_nouns(class_word: str, prompt: str, every: tuple[ConceptWords, ...]) -> tuple[Span, ...]:
     triggers = _triggers(prompt, every)
     nouns = sorted({*_find_words(class_word, prompt), *triggers.nouns(class_word)})
     return tuple(noun for noun in nouns if not triggers.contain(noun))
@@ -222,7 +222,7 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
             punctuation in a way that changes its tokens.
     """
     prompt = unicodedata.normalize("NFC", prompt)
-    occurrences = pairs_of(_composed(_WORDS(concept)), prompt, _all_composed(words_of(concepts)))
+    occurrences = pairs_of(_composed(_WORDS(concept)), prompt, _all_composed(concept_words(concepts)))
     if not occurrences:
         check_named(concept, prompt)
     triggers, nouns = [span for span, _ in occurrences], sorted({noun for _, noun in occurrences if noun})
@@ -232,14 +232,14 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     return Positions(*map(tuple, positions))
 
 
-def _composed(words: Words) -> Words:
+def _composed(words: ConceptWords) -> ConceptWords:
     """The words in NFC, as tokenizers read text: a combining accent would look like the end of a word."""
     name, trigger, class_word = words
     return name, unicodedata.normalize("NFC", trigger or ""), unicodedata.normalize("NFC", class_word or "")
 
 
 @lru_cache(maxsize=64)
-def _all_composed(every: tuple[Words, ...]) -> tuple[Words, ...]:
+def _all_composed(every: tuple[ConceptWords, ...]) -> tuple[ConceptWords, ...]:
     return tuple(map(_composed, every))
 
 
@@ -328,7 +328,7 @@ class Mention:
 
 def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
     """Spans of a concept's class word in a prompt, except those inside a trigger."""
-    return list(_free_nouns(concept.class_word or "", prompt, words_of(concepts)))
+    return list(_free_nouns(concept.class_word or "", prompt, concept_words(concepts)))
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
@@ -373,7 +373,7 @@ def locate_mention(
         spans = [span for word in mention.words for span in find_words(unicodedata.normalize("NFC", word), prompt)]
     else:
         class_word = unicodedata.normalize("NFC", concept.class_word or "")
-        nouns = _free_nouns(class_word, prompt, _all_composed(words_of(concepts)))
+        nouns = _free_nouns(class_word, prompt, _all_composed(concept_words(concepts)))
         spans = [nouns[k] for k in mention.which if k < len(nouns)]
     if not spans:
         raise ValueError(

@@ -20,7 +20,7 @@ from lora_compose.attention.masks import (
     eroded,
     opened,
     resize_mask,
-    strongest,
+    thresholded,
 )
 
 NEIGHBOURS = torch.ones(3, 3, dtype=torch.bool).numpy()  # for scipy
@@ -202,18 +202,18 @@ def test_masks_of_a_batch_do_not_touch_each_other() -> None:
 
 def test_a_threshold_of_0_takes_every_cell_that_is_seen_at_all() -> None:
     map_ = torch.tensor([[0.0, 0.2], [0.0, 1.0]])
-    assert strongest(map_, 0.0).tolist() == [[False, True], [False, True]]
+    assert thresholded(map_, 0.0).tolist() == [[False, True], [False, True]]
 
 
 @given(st.integers(0, 10**6), st.floats(0, 0.999), st.floats(0, 0.999))
 def test_higher_thresholds_take_fewer_cells_and_never_lose_the_highest(seed: int, one: float, other: float) -> None:
     low, high = sorted((one, other))
     found = maps(seed)
-    assert not (strongest(found, high) & ~strongest(found, low)).any()
+    assert not (thresholded(found, high) & ~thresholded(found, low)).any()
     highest = found == found.amax(dim=(-2, -1), keepdim=True)
-    assert (strongest(found, high) & highest).flatten(1).any(dim=1).all()
+    assert (thresholded(found, high) & highest).flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 40.0])
 def test_the_scale_of_a_map_does_not_count(scale: float) -> None:
-    assert torch.equal(strongest(maps(3) * scale, 0.4), strongest(maps(3), 0.4))
+    assert torch.equal(thresholded(maps(3) * scale, 0.4), thresholded(maps(3), 0.4))

@@ -95,7 +95,7 @@ def _table(session: PageSession) -> None:
 
 
 def _cell(session: PageSession, result: Result) -> None:
-    st.image(result.made.image, width="stretch", alt=full_name(result.run.method or ""))
+    st.image(result.jpeg, width="stretch", alt=full_name(result.run.method or ""))
     lines = [f"**{markdown(label_of(result.run.method or '').name)}**"]
     lines.append(f"{result.seconds:.1f} s")
     if JUDGE.judges(result.run):

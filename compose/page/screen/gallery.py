@@ -33,7 +33,7 @@ def gallery_view(session: PageSession) -> None:
             st.columns(_ACROSS, wrap=False), session.results[start : start + _ACROSS], strict=False
         ):
             with column:
-                st.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
+                st.image(result.jpeg, width="stretch", alt=result.run.scene.prompt)
                 st.caption(markdown(_name(result.run)))
                 st.button("View image", key=f"do.look.{result.key}", on_click=session.look_at, args=(result,),
                           width="stretch")  # fmt: skip

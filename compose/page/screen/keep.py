@@ -47,7 +47,7 @@ def keep_buttons(session: PageSession, result: Result) -> None:
 
 @st.dialog("Image", width="large")
 def _zoomed(result: Result) -> None:
-    st.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
+    st.image(result.jpeg, width="stretch", alt=result.run.scene.prompt)
 
 
 def _vary(session: PageSession, runs: list[Run]) -> None:

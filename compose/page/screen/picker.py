@@ -5,7 +5,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from lora_compose.compose.page.catalog import listed
+from lora_compose.compose.page.catalog import shown_lora
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.store import ShownLora, in_folder, playground, tile
 from lora_compose.compose.page.text import markdown
@@ -98,7 +98,7 @@ def _text(lora: ShownLora) -> str:
 
 @st.cache_resource(show_spinner=False, max_entries=2000)
 def _header_of(path: Path, changed: int) -> ShownLora:
-    return listed(path)
+    return shown_lora(path)
 
 
 @st.cache_resource(show_spinner=False)

@@ -42,7 +42,7 @@ def understand_view(session: PageSession) -> None:
         chosen = st.select_slider("Step", names, key="do.attention.step")
         step = None if chosen == "All" else names.index(chosen) - 1
     left, right = st.columns(2, wrap=False)
-    left.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
+    left.image(result.jpeg, width="stretch", alt=result.run.scene.prompt)
     left.caption("The image")
     concepts = result.run.scene.concepts
     if decides == "boxes":

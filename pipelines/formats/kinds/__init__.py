@@ -5,7 +5,7 @@ from functools import cache
 
 from lora_compose.pipelines.formats.kinds.difference import DIFFERENCE
 from lora_compose.pipelines.formats.kinds.dora import DORA
-from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, rows
+from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, check_own, first_of, rows
 from lora_compose.pipelines.formats.kinds.loha import LOHA
 from lora_compose.pipelines.formats.kinds.lokr import LOKR
 from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
@@ -40,19 +40,17 @@ def _flags(known: tuple[Kind, ...]) -> Collection[str]:
 
 def kind_of(slots: Collection[str]) -> Kind:
     """The kind of a layer, by its tensors but alpha. Raises ValueError if there are none, or some of another kind."""
-    kind = next((kind for kind in KINDS if not kind.endings.keys().isdisjoint(slots)), None)
+    kind = first_of(KINDS, slots)
     if kind is None:
         raise ValueError("it has no tensors but an alpha; the file is incomplete")
-    others = sorted({*slots} - {*kind.endings, *kind.beside})
-    if others and not kind.refused:
-        raise ValueError(f"it has {', '.join(others)} beside the tensors of a {kind.name}; expected one kind by layer")
+    if not kind.refused:
+        check_own(kind, slots)
     return kind
 
 
 def readable(shapes: Shapes) -> Kind | None:
     """The first kind that a layer has tensors of and that is read."""
-    read = (kind for kind in KINDS if not kind.refused and not kind.left_out)
-    return next((kind for kind in read if not kind.endings.keys().isdisjoint(shapes)), None)
+    return first_of((kind for kind in KINDS if not kind.refused and not kind.left_out), shapes)
 
 
 def rank_of(shapes: Shapes) -> int | None:

@@ -1,9 +1,8 @@
 """DoRA: a LoRA, LoHa or LoKr whose changed weight W + D gets norms of its own (arXiv 2402.09353).
 
-PEFT's norms are of the outputs, in every shape ([outputs], or [1, outputs, 1, 1] for a convolution); ai-toolkit has a
-vector of them under another name. LyCORIS, kohya and
-OneTrainer have a `dora_scale`: [outputs, 1, ...] is of the outputs, [1, inputs, ...] of the inputs; a vector is PEFT's
-under another name.
+The norms of PEFT (`lora_magnitude_vector`) and ai-toolkit (`magnitude`) are of the outputs, in every shape ([outputs],
+or [1, outputs, 1, 1] for a convolution). LyCORIS, kohya and OneTrainer have a `dora_scale`: [outputs] and [outputs, 1,
+...] are of the outputs, [1, inputs, ...] of the inputs.
 """
 
 import math
@@ -15,7 +14,7 @@ from torch import nn
 
 from lora_compose.attention.transforms import Rescaling
 from lora_compose.pipelines.formats.change import Change
-from lora_compose.pipelines.formats.kinds.kind import Kind, Placement, Shapes, Tensors, own_outputs
+from lora_compose.pipelines.formats.kinds.kind import Kind, Placement, Shapes, Tensors, check_own, first_of, own_outputs
 from lora_compose.pipelines.formats.kinds.loha import LOHA
 from lora_compose.pipelines.formats.kinds.lokr import LOKR
 from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
@@ -27,11 +26,10 @@ _OWN = ("magnitude", "dora_scale")
 def _inner(slots: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
     """The kind of the change that is rescaled, and its tensors."""
     rest = {slot: value for slot, value in slots.items() if slot not in _OWN}
-    kind = next((kind for kind in _INNER if not kind.endings.keys().isdisjoint(rest)), None)
+    kind = first_of(_INNER, rest)
     if kind is None:
         raise ValueError(f"it has {', '.join(sorted(slots))}, but no change that is rescaled; the file is incomplete")
-    if others := sorted({*rest} - {*kind.endings, *kind.beside}):
-        raise ValueError(f"it has {', '.join(others)} beside the tensors of a {kind.name}; expected one kind by layer")
+    check_own(kind, rest)
     return kind, rest
 
 

@@ -1,7 +1,7 @@
 """What a kind of LoRA is; each stands in a file of its own."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -118,6 +118,17 @@ class Kind:
         scale = scale if self.scaled else 1.0
         transform = None if self.transform is None else self.transform(tensors, settings or {})
         return Change(replace(made.factors, scale=scale, transform=transform), made.lost * scale**2)
+
+
+def first_of(kinds: Iterable[Kind], slots: Collection[str]) -> Kind | None:
+    """The first kind that has an ending for one of a layer's tensors; None if none has."""
+    return next((kind for kind in kinds if not kind.endings.keys().isdisjoint(slots)), None)
+
+
+def check_own(kind: Kind, slots: Collection[str]) -> None:
+    """Raises ValueError if a layer has tensors of another kind as well."""
+    if others := sorted({*slots} - {*kind.endings, *kind.beside}):
+        raise ValueError(f"it has {', '.join(others)} beside the tensors of a {kind.name}; expected one kind by layer")
 
 
 def needed(shapes: Shapes, *slots: str) -> list[Sequence[int]]:

@@ -27,7 +27,7 @@ from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
-from lora_compose.pipelines.formats.triggers import Words as FileWords
+from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import choose_method, name_of
 from lora_compose.pipelines.methods.draft import Draft as DraftMethod
 from lora_compose.pipelines.text.branches import branch_of
@@ -41,7 +41,7 @@ UNET = Family(LAYERS, {"b.attn2": Site("image", reads_text=True), "b.attn1": Sit
 JOINT = Family(LAYERS, {"c": Site("text", "image", level=1)}, ["c"])
 
 
-class Words(Clip):
+class WordClip(Clip):
     """A CLIP stand-in that records the texts it has encoded."""
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class Words(Clip):
 
 def composed(
     concepts: Sequence[NodeConcept], text: str, method: str, *, texts: str = "auto", joint: bool = False
-) -> tuple[ComposedConcepts, Any, Words]:
-    clip = Words()
+) -> tuple[ComposedConcepts, Any, WordClip]:
+    clip = WordClip()
     request = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
     return *request.composed(method), clip
 
@@ -174,15 +174,15 @@ def test_a_method_is_chosen_as_in_our_pipelines(
     ]
     same = [one.scene.model_copy(update={**b, **r}) for one, b, r in zip(concepts, boxed, roles, strict=True)]
     described: Any = [
-        SimpleNamespace(concept=one, trained_with=None if one.is_bystander else kind, words=FileWords()) for one in same
+        SimpleNamespace(concept=one, trained_with=None if one.is_bystander else kind, words=Words()) for one in same
     ]
     wanted = name_of(choose_method(described, [text], region_attention=not joint).method)[0]
-    clip = Words()
+    clip = WordClip()
     plan, conditioning = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(
         "auto"
     )
     assert f"method: {wanted}, because " in caplog.text
-    clip = Words()
+    clip = WordClip()
     expected, other = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(
         wanted
     )
@@ -388,7 +388,7 @@ def test_regions_read_texts_of_their_own_where_that_is_wanted(texts: str, joint:
 
 def test_where_an_adapter_makes_the_text_its_tokens_count() -> None:
     """Anima's, of the words of another tokenizer."""
-    clip = Words()
+    clip = WordClip()
 
     def encode(text: str, which: Any) -> list[list[Any]]:
         ((tensor, options),) = clip.encode(text, which)

@@ -221,6 +221,17 @@ def test_where_a_lora_acts_alone_its_subject_is_kept_or_drifts(tmp_path: Path) -
     assert evaluation.confusion.query("arm == 'alone' and alone == 'dog'")["reference"].unique().tolist() == ["dog"]
 
 
+def test_what_was_found_of_a_lora_alone_counts_in_any_place(tmp_path: Path) -> None:
+    """A single finding for two subjects of one class is in the place of one of them, of the one that does not act."""
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        elsewhere = ConceptScore(box=(66, 8, 126, 120), similarity={"cat": 0.95, "dog": 0.2}, whole=0.5, slot={})
+        return {**known(batch, seed), "cat": elsewhere} if batch.arm.alone == "cat" else known(batch, seed)
+
+    row = image(load(store(tmp_path, suite(), measured, truth=TRUTH)), "alone", 1, "cat")
+    assert values(row, "share_kept share_missing lost") == pytest.approx([1, 0, 0.05])
+
+
 def test_scores_of_older_versions_have_no_outcomes(tmp_path: Path) -> None:
     out = store(tmp_path, suite(), known)
     for path in out.glob(f"batches/*/{SCORES}"):  # as they were written before there were outcomes

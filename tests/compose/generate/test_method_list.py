@@ -6,7 +6,7 @@ import pytest
 
 from commands import call, flat
 from lora_compose.compose.commands.asked import parse_settings
-from lora_compose.compose.generate.method_list import NEEDS, field_texts, listed, needs_of
+from lora_compose.compose.generate.method_list import NEEDS, every_method, field_texts, needs_of
 from lora_compose.compose.support.names import METHODS_FILE
 from lora_compose.pipelines.methods import METHODS, PRESETS, make_method
 
@@ -23,7 +23,7 @@ def test_every_method_is_listed_with_what_it_needs() -> None:
 
 def test_the_list_that_is_shown_without_the_methods_is_theirs() -> None:
     """`python -m lora_compose.compose.generate.method_list` writes it anew."""
-    assert json.loads(METHODS_FILE.read_text("utf-8")) == listed()
+    assert json.loads(METHODS_FILE.read_text("utf-8")) == every_method()
 
 
 @pytest.mark.parametrize("method", [*METHODS, *PRESETS])

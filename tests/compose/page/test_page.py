@@ -760,14 +760,14 @@ def test_a_lora_is_listed_by_its_header_alone(tmp_path: Path) -> None:
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     metadata = {"trigger": "sks", "class_word": "cat", "modelspec.thumbnail": uri}
     save_file({"unet.mid_block.x.lora_A.weight": torch.full((2, 4), torch.nan)}, path, metadata)
-    lora = catalog.listed(path)
+    lora = catalog.shown_lora(path)
     assert (lora.shown, lora.trigger, lora.class_word, lora.sha256) == ("mine.safetensors", "sks", "cat", "")
     assert Image.open(BytesIO(lora.thumbnail or b"")).size == (96, 64)
     Image.new("RGB", (50, 100), "blue").save(path.with_suffix(".png"))
-    assert Image.open(BytesIO(catalog.listed(path).thumbnail or b"")).size == (48, 96), "the image beside it"
+    assert Image.open(BytesIO(catalog.shown_lora(path).thumbnail or b"")).size == (48, 96), "the image beside it"
     path.write_bytes(b"PK")
     with pytest.raises(LoraError, match="not a readable safetensors file"):
-        catalog.listed(path)
+        catalog.shown_lora(path)
 
 
 def test_images_in_metadata_are_shown_only_if_they_are_images() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_compose.compose.serve.choosing import listed
+from lora_compose.compose.serve.choosing import chosen_concepts
 from lora_compose.compose.serve.requests import ImageRequest, RequestedConcept, reasons
 
 SIZE = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 4}
@@ -72,7 +72,7 @@ def test_requests_are_bounded(change: dict[str, Any], expected: str | None) -> N
 def test_tags_are_concepts() -> None:
     tagged = asked({**SIZE, "prompt": "a xlo bear <lora:bear:0.5>, <lora:robot>", "concepts": ["cat"]})
     assert tagged.prompt == "a xlo bear"
-    assert [(one.name, one.weight) for one in listed(tagged)] == [("cat", None), ("bear", 0.5), ("robot", 1.0)]
+    assert [(one.name, one.weight) for one in chosen_concepts(tagged)] == [("cat", None), ("bear", 0.5), ("robot", 1.0)]
     assert asked({**SIZE, "prompt": "a <lora:bear:1>", "method": "tara"}).method == "tara"
 
 

@@ -21,7 +21,7 @@ from lora_compose.compose.training import TaraTraining, train
 from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.model import ADAPTER, lora_parameters
-from lora_compose.compose.training.preparation import TrainingData, adapt, encode, read_texts
+from lora_compose.compose.training.preparation import TrainingData, adapt, encode, read_captioned
 from lora_compose.compose.training.words import WordFeatures
 from pairs import slow_but
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 def encoded(pipe: Any, folder: Path, tara: TaraTraining | None = TARA) -> tuple[TrainingData, Examples]:
     settings = training(folder, "unused", tara=tara)
-    data = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
+    data = encode(base_of(pipe), read_captioned(base_of(pipe), settings), settings, Accelerator(cpu=True))
     return data, data.concept
 
 
@@ -127,7 +127,7 @@ def test_the_trigger_is_aligned_with_the_class_word_of_its_own_caption(pipe: Any
 def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     paint_folder(folder / "class", 2)
     settings = training(folder, "unused", tara=TARA, class_images=folder / "class")
-    data = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
+    data = encode(base_of(pipe), read_captioned(base_of(pipe), settings), settings, Accelerator(cpu=True))
     assert data.prior is not None
     assert len(data.prior) == 2
     assert not data.prior.mask.any()

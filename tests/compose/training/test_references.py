@@ -20,7 +20,7 @@ from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.data import DataError, digest, load_image, read_images, with_references
 from lora_compose.compose.training.learner import Learner, Weights
-from lora_compose.compose.training.preparation import adapt, encode, read_texts
+from lora_compose.compose.training.preparation import adapt, encode, read_captioned
 from qwen_image_edit import QWEN_IMAGE_EDIT
 from trainings import PAIRED, paint_folder, sd_pipeline, trained_pipeline, training
 
@@ -63,10 +63,10 @@ def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, fol
     base = base_of(pipe)
     settings = training(folder, "unused", resolution=SIDE, references=pairs(folder, count))
     base.check(settings)
-    texts = read_texts(base, settings)
-    material = encode(base, texts, settings, Accelerator(cpu=True))
+    captioned = read_captioned(base, settings)
+    material = encode(base, captioned, settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising())
-    batch, image = batches.of(0, 0), texts.images[batches.concept.image(0)]
+    batch, image = batches.of(0, 0), captioned.images[batches.concept.image(0)]
     calls: list[tuple[dict[str, Any], Any]] = []
     handle = pipe.transformer.register_forward_hook(
         lambda module, given, named, output: calls.append((named, output)), with_kwargs=True
@@ -92,7 +92,7 @@ def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, fol
 def test_the_class_is_kept_beside_the_same_references(folder: Path) -> None:
     base = base_of(QWEN_IMAGE_EDIT.pipeline())
     settings = training(folder, "unused", resolution=SIDE, references=pairs(folder), preserve_class=True)
-    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
     concept, prior = material.concept, material.prior
     assert prior is not None
     assert torch.equal(prior.by_image["reference"], concept.by_image["reference"])

@@ -20,7 +20,7 @@ from lora_compose.compose.training.learner import Batch, Learner, Weights
 from lora_compose.compose.training.model import ADAPTER, add_lora, lora_parameters
 from lora_compose.compose.training.noising import Diffusion
 from lora_compose.compose.training.settings import SCOPES, Training
-from lora_compose.compose.training.words import Occurrence, WordFeatures, Words, rows_of
+from lora_compose.compose.training.words import CaptionWords, Occurrence, WordFeatures, rows_of
 from trainings import training
 
 TOKENS, GRID = 9, (4, 4)
@@ -66,7 +66,7 @@ def mask_of(*rows: tuple[int, ...]) -> Tensor:
 
 def rows_for(text: Tensor, *occurrences: Occurrence) -> WordFeatures:
     """The rows of the caption whose features are the first ones in `text`."""
-    return rows_of([Words("", "", occurrences or (Occurrence(TRIGGER, NOUN),))], text[:1], text[:1])
+    return rows_of([CaptionWords("", "", occurrences or (Occurrence(TRIGGER, NOUN),))], text[:1], text[:1])
 
 
 def batch_of(unet: Any, mask: Tensor, own: int, weights: Tensor | None = None, seed: int = 0) -> Batch:
@@ -272,7 +272,7 @@ def test_keys_of_many_captions_are_set_in_the_least_squares(unet: Any) -> None:
     """More captions than ranks: no other choice of the second factor is better for the directions that are taken."""
     adapted(unet, zero=True)
     text = inputs(unet, 8)["encoder_hidden_states"]
-    words = [Words("", "", (Occurrence((2,), (5,)),))] * 8
+    words = [CaptionWords("", "", (Occurrence((2,), (5,)),))] * 8
     rows = rows_of(words, text, text)
     alignment = Alignment.of(unet, ADAPTER, rows, "l2")
     assert alignment.ranks == 1

@@ -28,7 +28,7 @@ from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.loop import Stopped
 from lora_compose.compose.training.model import cast, lora_parameters, preset_of
-from lora_compose.compose.training.preparation import adapt, encode, read_texts
+from lora_compose.compose.training.preparation import adapt, encode, read_captioned
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline
 from pairs import slow_but
 from trainings import TRAINED, paint_folder, trained_pipeline, training
@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
     """Noise on a line, its direction as the target, all rows alike."""
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0)
-    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
     batch = batches.of(0, 0)
     assert ((batch.times > 0) & (batch.times < 1000)).all()
@@ -98,7 +98,7 @@ def test_every_layer_that_gets_a_lora_learns(family: str, folder: Path) -> None:
     """Several processes wait for the gradient of each parameter."""
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0, scope="transformer")
-    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
     adapt(base, settings, None)
     parameters = {name: it for name, it in lora_parameters(base.network).items() if it.requires_grad}
@@ -114,10 +114,10 @@ def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(f
     """In the second of three steps of diffusers' own call, with a LoRA that changes something."""
     base = base_of(opened(family))
     settings = training(folder, "unused", prior_weight=0.0)
-    texts = read_texts(base, settings)
-    material = encode(base, texts, settings, Accelerator(cpu=True))
+    captioned = read_captioned(base, settings)
+    material = encode(base, captioned, settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising())
-    batch, caption = batches.of(0, 0), texts.images[batches.concept.image(0)].caption
+    batch, caption = batches.of(0, 0), captioned.images[batches.concept.image(0)].caption
     adapt(base, settings, None)
     plain, calls = TRAINED[family].plain(**base.pipe.components), []
     base.network.register_forward_hook(
@@ -149,7 +149,7 @@ def test_texts_of_flux3_are_read_as_long_as_they_are(folder: Path) -> None:
     (folder / "images" / "0.txt").write_text(long)
     base = base_of(default_flux3())
     settings = training(folder, "unused", preserve_class=True)
-    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=base.noising())
     batch = batches.of(0, 0)
     assert sorted(batch.added["read"][:2].tolist()) == [80, 240]
@@ -166,7 +166,7 @@ def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Pa
     """Exactly at the start, where the LoRA changes nothing; afterwards by the distance to the base model."""
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, preserve_class=True)
-    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
     batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(1, 2), noising=base.noising())
     batch = batches.of(0, 0)
     rows = slice(1, None)

@@ -9,8 +9,8 @@ from transformers import CLIPTokenizer
 from components import tokenizer as new_tokenizer
 from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.words import (
+    CaptionWords,
     Occurrence,
-    Words,
     check_class_caption,
     class_caption,
     find_concept,
@@ -27,7 +27,7 @@ def tokenizer() -> CLIPTokenizer:
     return new_tokenizer()
 
 
-def find(tokenizer: Any, caption: str, concept: Concept = SKS, **options: bool) -> Words:
+def find(tokenizer: Any, caption: str, concept: Concept = SKS, **options: bool) -> CaptionWords:
     return find_concept([tokenizer], caption, concept, **{"noun": True, "clean": False, **options})
 
 
@@ -152,8 +152,8 @@ def test_class_captions_must_not_name_the_concept() -> None:
         check_class_caption("a Sks cat", SKS)
 
 
-def words(*found: Occurrence) -> Words:
-    return Words("", "", found)
+def words(*found: Occurrence) -> CaptionWords:
+    return CaptionWords("", "", found)
 
 
 def test_rows_pair_tokens_or_take_the_mean_of_the_class_word() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from components import FAMILIES, State, seeded
 from composing import BOXED, PLAIN, assert_close, composer_of, far_apart, lora_file, run
 from ip_adapters import with_ip_adapters
-from lora_compose.attention.backbones.ip_adapter import image_attention
 from lora_compose.attention.backbones.processors import kernel_of
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
@@ -138,7 +137,7 @@ def test_cells_in_several_regions_read_the_images_once():
     regions = RegionAttention({0: Partition.of(membership)}, inject=True, isolate=False)
     state = ForwardState(LayerInputs(regions=regions, texts=text.expand(3, -1, -1, -1)))
     layer, processor = AttentionLayer("attn", True, "mid", 0), attn.processor
-    ours: Any = ComposeAttnProcessor(layer, kernel_of("attn", attn), state, image_attention(processor))
+    ours: Any = ComposeAttnProcessor(layer, kernel_of("attn", attn), state, processor)
     attn.set_processor(ours)
     assert_close(attn(cells, (text, images)), expected, 1e-6)
 

@@ -89,11 +89,11 @@ def write(path: Path, pipe: Any, loras: dict[str, Lora], spelling: Spelling) -> 
     found: dict[str, Tensor] = {}
     for part, lora in loras.items():
         for name, factors in lora.items():
-            site = FileLayer(
+            layer = FileLayer(
                 next(stem for (p, n), stem in called.items() if (p, n) == (part, name)), factors.down.shape[2:]
             )
             change = LoraFactors(factors.down.flatten(1), factors.up.flatten(1))
-            found |= tensors(spelling, site, change, torch.float32, 3)
+            found |= tensors(spelling, layer, change, torch.float32, 3)
     path.write_bytes(written(found))
     return path
 

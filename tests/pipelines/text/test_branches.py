@@ -30,7 +30,7 @@ def branches(prompt: str, concepts: Sequence[Concept], **options) -> list[Branch
     return branches_of([prompt], concepts, subjects, **options)
 
 
-def words_of(tokenizer: CLIPTokenizer, branch: Branch, concepts: Sequence[Concept]) -> list[list[int]]:
+def named_tokens(tokenizer: CLIPTokenizer, branch: Branch, concepts: Sequence[Concept]) -> list[list[int]]:
     """The tokens that name each concept in a branch."""
     found = TokenMasks.of_prompts(tokenizer, branch.prompts, concepts, branch.names, mentions=branch.mentions)
     return [column.nonzero()[:, 0].tolist() for column in found.phrase[0].T]
@@ -55,27 +55,27 @@ def test_the_tokens_of_the_published_example_are_found(tokenizer: CLIPTokenizer)
     ]
     base, dog, cat = branches("a sks dog and a zwx cat", concepts)
     assert base.prompts == ("a dog and a cat",)
-    assert words_of(tokenizer, base, concepts) == [[2], [5]]
+    assert named_tokens(tokenizer, base, concepts) == [[2], [5]]
     assert dog.prompts == ("a sks dog and a cat",)
-    assert words_of(tokenizer, dog, concepts) == [[2, 3], [6]]
+    assert named_tokens(tokenizer, dog, concepts) == [[2, 3], [6]]
     assert cat.prompts == ("a dog and a zwx cat",)
-    assert words_of(tokenizer, cat, concepts) == [[2], [5, 6]]
+    assert named_tokens(tokenizer, cat, concepts) == [[2], [5, 6]]
 
 
 def test_all_pieces_of_a_word_are_found(tokenizer: CLIPTokenizer) -> None:
     rare = Concept(name="bear", trigger="mjq", class_word="bear")  # "mjq" has three tokens
     base, bear, cat = branches("a mjq bear and a sks cat", [rare, CAT])
-    assert words_of(tokenizer, bear, [rare, CAT]) == [[2, 3, 4, 5], [8]]
-    assert words_of(tokenizer, base, [rare, CAT]) == [[2], [5]]
-    assert words_of(tokenizer, cat, [rare, CAT]) == [[2], [5, 6]]
+    assert named_tokens(tokenizer, bear, [rare, CAT]) == [[2, 3, 4, 5], [8]]
+    assert named_tokens(tokenizer, base, [rare, CAT]) == [[2], [5]]
+    assert named_tokens(tokenizer, cat, [rare, CAT]) == [[2], [5, 6]]
 
 
 def test_two_concepts_of_one_class_keep_their_own_noun(tokenizer: CLIPTokenizer) -> None:
     base, cat, kitten = branches("a sks cat and a vbn cat", [CAT, KITTEN])
     assert base.prompts == ("a cat and a cat",)
-    assert words_of(tokenizer, base, [CAT, KITTEN]) == [[2], [5]]
-    assert words_of(tokenizer, cat, [CAT, KITTEN]) == [[2, 3], [6]]
-    assert words_of(tokenizer, kitten, [CAT, KITTEN]) == [[2], [5, 6]]
+    assert named_tokens(tokenizer, base, [CAT, KITTEN]) == [[2], [5]]
+    assert named_tokens(tokenizer, cat, [CAT, KITTEN]) == [[2, 3], [6]]
+    assert named_tokens(tokenizer, kitten, [CAT, KITTEN]) == [[2], [5, 6]]
 
 
 def test_class_words_of_no_concept_and_inside_triggers_do_not_count(tokenizer: CLIPTokenizer) -> None:
@@ -84,9 +84,9 @@ def test_class_words_of_no_concept_and_inside_triggers_do_not_count(tokenizer: C
     assert own_nouns(cat, prompt, [cat, DOG]) == (1,)
     base, own, dog = branches(prompt, [cat, DOG])
     assert base.prompts == ("a cat and a cat and a dog",)
-    assert words_of(tokenizer, base, [cat, DOG])[0] == [5]
-    assert words_of(tokenizer, own, [cat, DOG])[0] == [5, 6, 7, 8]
-    assert words_of(tokenizer, dog, [cat, DOG])[0] == [5]
+    assert named_tokens(tokenizer, base, [cat, DOG])[0] == [5]
+    assert named_tokens(tokenizer, own, [cat, DOG])[0] == [5, 6, 7, 8]
+    assert named_tokens(tokenizer, dog, [cat, DOG])[0] == [5]
 
 
 def test_prompts_of_ones_own_take_the_place_of_those_made(tokenizer: CLIPTokenizer) -> None:
@@ -95,17 +95,17 @@ def test_prompts_of_ones_own_take_the_place_of_those_made(tokenizer: CLIPTokeniz
     assert [branch.prompts[0] for branch in (base, own, dog)] == [
         "a dog and a cat", "a dog and a sks cat", "a cat and a zwx dog on grass",
     ]  # fmt: skip
-    assert words_of(tokenizer, base, [cat, DOG]) == [[5], [2]]
-    assert words_of(tokenizer, own, [cat, DOG]) == [[5, 6], [2]]
+    assert named_tokens(tokenizer, base, [cat, DOG]) == [[5], [2]]
+    assert named_tokens(tokenizer, own, [cat, DOG]) == [[5, 6], [2]]
 
 
 def test_words_of_ones_own_name_a_concept_everywhere(tokenizer: CLIPTokenizer) -> None:
     cat = Concept(name="cat", trigger="sks")
     base, own, dog = branches("a sks and a zwx dog on grass", [cat, DOG], words={"cat": ["a"]})
     assert base.prompts == ("a and a dog on grass",)
-    assert words_of(tokenizer, base, [cat, DOG]) == [[1, 3], [4]]
-    assert words_of(tokenizer, own, [cat, DOG]) == [[1, 4], [5]]
-    assert words_of(tokenizer, dog, [cat, DOG]) == [[1, 3], [4, 5]]
+    assert named_tokens(tokenizer, base, [cat, DOG]) == [[1, 3], [4]]
+    assert named_tokens(tokenizer, own, [cat, DOG]) == [[1, 4], [5]]
+    assert named_tokens(tokenizer, dog, [cat, DOG]) == [[1, 3], [4, 5]]
 
 
 @pytest.mark.parametrize(
