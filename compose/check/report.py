@@ -150,7 +150,7 @@ def _facts(
         warn(warning)
     choice = None if planned is None else planned.choice
     if planned is None and run.scene.concepts and all(all_loaded) and (method is None) == (run.method is None):
-        choice = attempt(problems, resolve_choice, pipe, method, all_loaded, [run.scene.prompt])
+        choice = attempt(problems, resolve_choice, method, all_loaded, [run.scene.prompt])
     if planned is None:
         tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
         places = _located(tokenizer, prompt, concepts, problems)

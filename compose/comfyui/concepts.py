@@ -292,7 +292,7 @@ class ComposeRequest:
         deciding = [self.concepts[i] for i in self._trained] or self.concepts
         return method_for(
             [(subject.name, self.concepts[i].region is not None) for i, subject in self._subjects.items()],
-            styles=len(subjects) < len(self.concepts), several=len(subjects) > 1, region_attention=not self.joint,
+            styles=len(subjects) < len(self.concepts), several=len(subjects) > 1,
             lacks=_lacking(lacking), trained=all(map(_trained_with_tara, deciding)),
         )  # fmt: skip
 

@@ -39,7 +39,7 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
     if request.method is not None:
         return request, ASKED_FOR
     with kept():  # the reason goes into the answer
-        choice = resolve_choice(pipe, None, headers, [request.prompt])
+        choice = resolve_choice(None, headers, [request.prompt])
     return request.model_copy(update={"method": name_of(choice.method)[0]}), choice.reason
 
 

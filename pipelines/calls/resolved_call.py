@@ -18,9 +18,8 @@ from lora_compose.attention import (
     install,
     reference_factor,
 )  # fmt: skip
-from lora_compose.attention.backbones import backbone_class
 from lora_compose.attention.bank_cache import Handle
-from lora_compose.attention.device import dtype_of, uncompiled
+from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
@@ -183,7 +182,7 @@ def _resolved(
     warn_of_size(host, call.size.width, call.size.height)
     placed = _placed(host, call, asked)
     sets = [placed.subset(columns) for columns in concepts_of]
-    choice = resolve_choice(host, call.composition.method, placed.loaded, call.prompts.first, sets)
+    choice = resolve_choice(call.composition.method, placed.loaded, call.prompts.first, sets)
     _check_needs(call, choice.method, backbone)
     canvas, scheduler = _canvas(host, call, backbone, device), deepcopy(host.scheduler)
     sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
@@ -391,7 +390,6 @@ def _check_positions(call: Call, concepts: ConceptSet) -> None:
 
 
 def resolve_choice(
-    host: Host,
     method: str | Settings | None,
     concepts: Sequence[Described],
     prompts: Sequence[str] | None,
@@ -400,8 +398,7 @@ def resolve_choice(
     """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
     if method is not None:
         return Choice(make_method(method), ASKED_FOR)
-    reads_regions = backbone_class(type(uncompiled(host.model))).reads_regions
-    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
+    return choose_method(concepts, prompts, concept_sets)
 
 
 def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:

@@ -109,8 +109,6 @@ def choose_method(
     concepts: Sequence[Described],
     prompts: Sequence[str] | None,
     concept_sets: Sequence[ConceptSet] | None = None,
-    *,
-    region_attention: bool = True,
 ) -> Choice:
     """Chooses the method of a call that names none. Logs the reason, as a warning if subjects will blend.
 
@@ -122,8 +120,6 @@ def choose_method(
     Args:
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
-        region_attention: Whether image cells read the text by cross-attention, as in UNets and Anima. In other
-            transformers Draft adds nothing to regions that are all given.
     """
     loaded_subjects = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in loaded_subjects]
@@ -135,7 +131,7 @@ def choose_method(
     relevant = trained or (concepts if prompts is not None else ())  # with styles alone, they decide
     name, reason = method_for(
         [(subject.name, bool(subject.region)) for subject in subjects],
-        styles=len(subjects) < len(concepts), several=several, lacks=lacks, region_attention=region_attention,
+        styles=len(subjects) < len(concepts), several=several, lacks=lacks,
         trained=bool(relevant) and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant),
     )  # fmt: skip
     choice = Choice(METHODS[name](), reason)

@@ -68,6 +68,9 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
+DraftTokenMask = Literal["auto", "tara", "all", "phrase", "others", "image", "none"]
+ISOLATE_JOINT = 0.3
+"""Default of `Draft.isolate` where text and image are one sequence."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,15 @@ class Draft(Settings):
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: The part of the steps, from the first, in which the cells of a region see no other region in
-            self-attention; on UNets and Anima with texts of their own. None is 1 there, and 0 on other transformers,
-            whose images it tears apart.
+            self-attention; on UNets and Anima with texts of their own. None is 1 there, and 0.3 on other transformers,
+            whose images fall apart if it lasts.
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
-            subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
-            image are one sequence.
+            subject, and subtracted for the words of other subjects; where text and image are one sequence, in both
+            directions.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
-        token_mask: As in `Regional`; on UNets with the scene's prompt only.
+        token_mask: As in `Regional`; on UNets with the scene's prompt only. "auto" is "tara", and "others" where text
+            and image are one sequence.
         leftover: Cells where the map of the nearest subject is below this share of its maximum are in no region: no
             LoRA of a subject acts there, the bias is against the words of all, and where regions of UNets have texts of
             their own, `background` is read. Below 1; 0 divides the whole canvas.
@@ -119,10 +123,10 @@ class Draft(Settings):
     background: BackgroundMode = "auto"
     apart: float = 0.4
     isolate: float | None = None
-    bias: float | None = None
+    bias: float = 1.0
     norm_apart: float = NORM_APART
     keep_regions: bool = True
-    token_mask: TokenMask = "tara"
+    token_mask: DraftTokenMask = "auto"
     leftover: float = 0.0
     drafts: int = 1
     spacing: float = 0.6
@@ -135,7 +139,7 @@ class Draft(Settings):
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
-        if self.bias is not None and not 0 <= self.bias < math.inf:
+        if not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if self.isolate is not None and not 0 <= self.isolate <= 1:
             raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
@@ -180,7 +184,8 @@ class Draft(Settings):
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
             boxed = self.keep_regions and any(concepts.concepts[i].region for i in concepts.subjects)
-            alone = Regional(token_mask=self.token_mask, norm_apart=self.norm_apart) if boxed else Merge()
+            words = "tara" if self.token_mask == "auto" else self.token_mask
+            alone = Regional(token_mask=words, norm_apart=self.norm_apart) if boxed else Merge()
             return alone.start(session)
         self.check_concepts(concepts.loaded, prompts.texts)
         base = branch_of(None, prompts.texts or (), concepts.concepts, concepts.subjects)
@@ -203,13 +208,15 @@ class Draft(Settings):
         """The part of the steps that is drafted with a model."""
         return self.length if self.length is not None else LENGTH if canvas.backbone.joint is None else LENGTH_JOINT
 
-    def bias_in(self, canvas: Canvas) -> float:
-        """The size of the bias with a model."""
-        return self.bias if self.bias is not None else 1.0 if canvas.backbone.joint is None else 0.0
-
     def isolate_in(self, canvas: Canvas) -> float:
         """The part of the steps in which regions are isolated with a model."""
-        return self.isolate if self.isolate is not None else float(canvas.backbone.joint is None)
+        return self.isolate if self.isolate is not None else 1.0 if canvas.backbone.joint is None else ISOLATE_JOINT
+
+    def token_mask_in(self, canvas: Canvas) -> TokenMask:
+        """The words that LoRAs change with a model."""
+        if self.token_mask != "auto":
+            return self.token_mask
+        return "tara" if canvas.backbone.joint is None else "others"
 
     def _restart(self, session: Session) -> "Restart":
         if not self._texts_by_region(session):
@@ -248,17 +255,17 @@ class Restart:
 
 def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
-    canvas, texts, size = session.canvas, shared_text(session), settings.bias_in(session.canvas)
+    canvas, texts = session.canvas, shared_text(session)
     if canvas.backbone.joint is not None and settings.isolate_in(canvas):
-        start = partial(_in_one_sequence, settings, session, one_segment(texts), size)
+        start = partial(_in_one_sequence, settings, session, one_segment(texts), settings.bias)
     else:
-        start = partial(_gated_by_region, settings, session, texts, size)
+        start = partial(_gated_by_region, settings, session, texts)
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _gated_by_region(settings: Draft, session: Session, texts: GatedText, bias: float, masks: Tensor) -> Process:
+def _gated_by_region(settings: Draft, session: Session, texts: GatedText, masks: Tensor) -> Process:
     shares, everywhere = _by_level(session, masks), _everywhere(session)
-    spec = _pass(settings, session, texts, shares, bias)
+    spec = _pass(settings, session, texts, shares, settings.bias)
     return with_region_norm(session, spec, shares, everywhere, settings.norm_apart)
 
 
@@ -272,7 +279,8 @@ def _pass(
 ) -> Pass:
     """A pass with LoRAs in the regions and a bias to their words."""
     everywhere = _everywhere(session)
-    spec = gated_pass(session, texts, shares, everywhere, token_mask=settings.token_mask, image=image)
+    words = settings.token_mask_in(session.canvas)
+    spec = gated_pass(session, texts, shares, everywhere, token_mask=words, image=image)
     if not bias:
         return spec
     subjects = list(session.concepts.subjects)

@@ -13,7 +13,6 @@ def method_for(
     several: bool,
     lacks: str,
     trained: bool,
-    region_attention: bool,
 ) -> tuple[Name, str]:
     """The name of the method, and the reason for it.
 
@@ -23,7 +22,6 @@ def method_for(
         several: Whether a prompt has several subjects.
         lacks: What Draft lacks to find the subjects of each prompt by their words; empty if nothing.
         trained: Whether the LoRAs that decide were trained with token masks (TARA).
-        region_attention: Whether image cells read the text by cross-attention.
     """
     boxed = ", ".join(name for name, has_region in subjects if has_region)
     others = ", ".join(name for name, has_region in subjects if not has_region)
@@ -35,9 +33,7 @@ def method_for(
             return "regional", f"{reason}, and {lacks}"
         if others:
             return "draft", f"{reason}, and {others} is looked for in the rest of the image"
-        if region_attention:
-            return "draft", f"{reason}, and the prompt names each by trigger and class word"
-        return "regional", reason
+        return "draft", f"{reason}, and the prompt names each by trigger and class word"
     if several and not lacks:
         return "draft", "the prompt names every concept by trigger and class word"
     if trained:

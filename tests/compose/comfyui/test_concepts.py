@@ -176,7 +176,7 @@ def test_a_method_is_chosen_as_in_our_pipelines(
     described: Any = [
         SimpleNamespace(concept=one, trained_with=None if one.is_bystander else kind, words=Words()) for one in same
     ]
-    wanted = name_of(choose_method(described, [text], region_attention=not joint).method)[0]
+    wanted = name_of(choose_method(described, [text]).method)[0]
     clip = WordClip()
     plan, conditioning = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(
         "auto"

@@ -93,7 +93,6 @@ def test_a_region_of_one_of_several_concepts_is_used(composer, caplog):
     choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"])
     assert isinstance(choice.method, Draft)
     assert choice.reason == "cat has a region, and dog is looked for in the rest of the image"
-    assert choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False) == choice
     assert not caplog.records
     choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx"])
     assert isinstance(choice.method, Regional)
@@ -135,10 +134,3 @@ def test_one_subject_with_a_region_acts_in_it(composer):
     assert torch.equal(latents_of(composer, method="draft", **given), expected)
     whole = latents_of(composer, method=Draft(keep_regions=False), **given)
     assert torch.equal(whole, latents_of(composer, method="merge", concepts=["cat"], prompt="a sks cat"))
-
-
-def test_where_text_and_image_are_one_sequence_given_regions_are_enough(composer):
-    boxed = {name: {"region": (64 * i, 0, 64 * i + 64, 128)} for i, name in enumerate(("cat", "dog"))}
-    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False)
-    assert isinstance(choice.method, Regional)
-    assert choice.reason == "every concept has a region"

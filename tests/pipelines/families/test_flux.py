@@ -180,8 +180,8 @@ def test_every_linear_layer_has_a_site(pipe):
 
 
 def test_without_a_method_one_that_works_is_chosen(pipe):
-    for concepts, method in ((BOXES, Regional), (["cat", "dog"], Draft), (["cat"], Merge)):
-        assert isinstance(resolve_choice(pipe, None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
+    for concepts, method in ((BOXES, Draft), (["cat", "dog"], Draft), (["cat"], Merge)):
+        assert isinstance(resolve_choice(None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
 
 
 @pytest.mark.parametrize(("made_for", "side"), [(64, 64), (1024, 1024), (32, 1024)])

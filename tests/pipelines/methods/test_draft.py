@@ -422,7 +422,7 @@ def test_several_drafts_need_noise_to_start_from(composer):
     ("drafts", 1.5, "drafts must be a whole number, at least 1"),
     ("spacing", -1.0, "spacing must be at least 0"),
     ("leftover", 1, "leftover must be at least 0 and below 1"),
-    ("token_mask", "some", "token_mask must be one of tara, all, phrase, others, image, none"),
+    ("token_mask", "some", "token_mask must be one of auto, tara, all, phrase, others, image, none"),
     ("length", 0, "length must be positive"),
     ("threshold", 1.0, "threshold must be at least 0 and below 1"),
     ("apart", 2, "apart must lie between 0 and 1"),
