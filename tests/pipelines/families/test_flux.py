@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components import sd_unet, seeded, small_vae, with_library
 from flux import FLUX, flux_pipeline
-from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, LoraComposer, Merge, Regional
+from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, LoraComposer, Merge
 from lora_compose.attention.backbones import backbone_of
 from lora_compose.pipelines.calls.resolved_call import resolve_choice
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
