@@ -280,47 +280,27 @@ def _free(name: str, settings: str) -> str:
     return f'{{name: "{name}", method: draft, settings: {{keep_regions: false, {settings}}}}}'
 
 
-def _columns(name: str, settings: str, method: str = "draft") -> str:
-    """A line for a method with the boxes of the scenes, with settings."""
-    return f'{{name: "columns, {name}", method: {method}, settings: {{{settings}}}}}'
-
-
 PARTS_IN_ONE_SEQUENCE = "\n".join(
     [
         "merge",
-        # Where regions come from.
         FREE_DRAFT,
+        # What a LoRA changes, which words a cell reads, and which cells see each other: one of them as in `merge`.
+        _free("LoRAs change all words", "token_mask: none"),
+        _free("without the bias", "bias: 0"),
+        _free("more bias", "bias: 2"),
+        _free("regions never isolated", "isolate: 0"),
+        _free("isolated in half of the steps", "isolate: 0.5"),
+        _free("isolated in all steps", "isolate: 1"),
+        _free("a text for each region", "reading: regions"),
+        # Where regions come from.
         _free("longer draft", "length: 0.24"),
-        _free("maps of the last double-stream block", "layers: transformer_blocks.2"),
-        _free("strips", "division: strips"),
+        _free("cells left over", "leftover: 0.15"),
         _free("three drafts", "drafts: 3"),
-        _free("cells left over", "reading: scene, leftover: 0.15, bias: 1"),
-        PUBLISHED,
-        '{name: "freefuse, conditional rows", method: "freefuse:official-flux", settings: {rows: cond_only}}',
-        # Given regions, each with a text of its own.
-        "{name: regional, method: regional}",
-        _columns("texts of subjects", "texts: subjects", "regional"),
-        _columns("texts of subjects, background without them", "texts: subjects, background: surroundings", "regional"),
-        _columns("texts of regions, isolated at first", "isolate: 0.5", "regional"),
-        _columns("texts of regions, isolated", "isolate: 1", "regional"),
-        # Given regions that read one text: words that a LoRA changes, regions that see each other, bias.
-        _columns("one text", "reading: scene"),
-        _columns("own words", "reading: scene, token_mask: phrase"),
-        _columns("all but words of others", "reading: scene, token_mask: others"),
-        _columns("no words", "reading: scene, token_mask: image"),
-        _columns("one text, isolated at first", "reading: scene, isolate: 0.5"),
-        _columns("one text, isolated", "reading: scene, isolate: 1"),
-        _columns("one text, bias", "reading: scene, bias: 1"),
-        _columns("one text, more bias", "reading: scene, bias: 3"),
-        _columns("all but words of others, bias", "reading: scene, token_mask: others, bias: 2"),
-        _columns(
-            "all but words of others, bias, isolated at first",
-            "reading: scene, token_mask: others, bias: 2, isolate: 0.5",
-        ),
+        IN_COLUMNS,
+        '{name: "regional, isolated at first", method: regional, settings: {isolate: 0.3}}',
     ]
 )
-"""Each part of composing on a transformer with text and image in one sequence, alone; texts and attention where the
-regions are given, so that wrong ones do not hide what they do."""
+"""Each part of `draft` on a transformer with text and image in one sequence, changed alone."""
 
 
 def _alone() -> list[Place]:

@@ -7,11 +7,11 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With subjects of different classes all cells read the scene's prompt, as in `regional`, and in cross-attention a bias
-draws the cells of a region to the words of its subject, as in `freefuse`. One text cannot tell two cats
-apart, so with two of one class every region reads a text of its own and is denoised apart at first, as in
-`lora-composer` without updates; on transformers it reads a text of its own, as in `regional`. Regions that the user
-gives are kept, and the rest of the canvas is divided.
+With subjects of different classes all cells read the scene's prompt, as in `regional`, and a bias draws the cells of
+a region to the words of its subject, as in `freefuse`. Cross-attention to one text cannot tell two cats apart, so with
+two of one class every region reads a text of its own and is denoised apart at first, as in `lora-composer` without
+updates. Where text and image are one sequence, one text does: there a LoRA changes no words of other subjects, and
+regions do not see each other at first. Regions that the user gives are kept, and the rest of the canvas is divided.
 
 `docs/methods/draft.md` measures the contribution of each part.
 """
@@ -88,8 +88,9 @@ class Draft(Settings):
             columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
             their own texts.
         reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
-            its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if two
-            subjects share a class word, one has a prompt of its own, or more than two subjects fit side by side.
+            its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if a subject
+            has a prompt of its own, and on UNets and Anima if two subjects share a class word, or more than two fit
+            side by side.
         background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
             read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
             subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
@@ -227,10 +228,13 @@ class Draft(Settings):
         if self.reading != "auto":
             return self.reading != "scene"
         subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
-        prompted = any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects)
+        if any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects):
+            return True
+        if session.canvas.backbone.joint is not None:
+            return False
         room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
         alike = len({subject.head_noun for subject in subjects}) < len(subjects)
-        return prompted or alike or (len(subjects) > 2 and room)
+        return alike or (len(subjects) > 2 and room)
 
 
 def _side(canvas: Canvas) -> int:
