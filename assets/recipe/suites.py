@@ -293,8 +293,6 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
         _free("isolated in all steps", "isolate: 1"),
         _free("a text for each region", "reading: regions"),
         # Where regions come from.
-        _free("longer draft", "length: 0.24"),
-        _free("cells left over", "leftover: 0.15"),
         _free("three drafts", "drafts: 3"),
         IN_COLUMNS,
         '{name: "regional, isolated at first", method: regional, settings: {isolate: 0.3}}',
@@ -469,8 +467,7 @@ freefuse
                 _free("three drafts", "drafts: 3"),
                 _free("three drafts, further apart", "drafts: 3, spacing: 0.8"),
                 _free("six drafts, further apart", "drafts: 6, spacing: 0.8"),
-                _free("longer draft", "length: 0.24"),
-                _free("strips", "division: strips"),
+                        _free("strips", "division: strips"),
                 _free("cells left over", "leftover: 0.15"),
                 _free("more cells left over", "leftover: 0.3"),
                 _free("texts of regions", "reading: regions, apart: 0"),
