@@ -73,8 +73,13 @@ def dense_bias(
     """
     parts = backbone_of(pipe.transformer).joint.parts  # pyright: ignore[reportOptionalMemberAccess]
 
+    inside = (asked.shares[0] >= 0.5).float()  # of a cell that is half in each, in both
+    apart = inside @ inside.T == 0
+
     def matrix(positions: int) -> Tensor:
         tokens, every = positions - CELLS**2, torch.zeros(positions, positions)
+        if not tokens:  # a layer of the image alone
+            return every.masked_fill_(apart, -torch.inf)
         text, image = (family.padding_first, tokens) if parts[0] == "text" else (CELLS**2, 0)
         read = min(tokens, asked.phrases.shape[1])
         cells, words = slice(image, image + CELLS**2), slice(text, text + read)
@@ -84,8 +89,7 @@ def dense_bias(
             every[cells, words] += added
             every[words, cells] += added.T
         if isolate:
-            inside = (asked.shares[0] >= 0.5).float()  # of a cell that is half in each, in both
-            every[cells, cells].masked_fill_(inside @ inside.T == 0, -torch.inf)
+            every[cells, cells].masked_fill_(apart, -torch.inf)
         return every
 
     processors = [layer.processor for layer in pipe.transformer.modules() if hasattr(layer, "processor")]
@@ -93,7 +97,8 @@ def dense_bias(
     dispatch, matrices = module.dispatch_attention_fn, dict[int, Tensor]()
 
     def biased(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if key.shape[1] <= CELLS**2:
+        apart_alone = isolate and not family.two_networks  # one of two has unconditional rows, without a text
+        if key.shape[1] < CELLS**2 or (key.shape[1] == CELLS**2 and not apart_alone):
             return dispatch(query, key, value, attn_mask=attn_mask, **options)
         if key.shape[1] not in matrices:
             matrices[key.shape[1]] = matrix(key.shape[1])
@@ -153,11 +158,10 @@ def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, as
 
 
 @pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
-def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
-    method = Draft(length=1, reading="scene", bias=1.5)
-    found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
+def test_draft_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
+    found = latents_of(pipe, concepts=["cat", "dog"], method=Draft(length=1, isolate=1), **family.guided)
     (regions,) = asked
-    wanted = expected(family, pipe, regions, 1.5, -1.5, words="none")
+    wanted = expected(family, pipe, regions, 1, -1, words="others", isolate=True)
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
 
 

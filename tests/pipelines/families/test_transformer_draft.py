@@ -1,5 +1,6 @@
 """`draft` on transformers: what the base model's maps say, and the image of `regional` with the regions found."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ READINGS = [("scene", True), ("regions", False), ("scene", False), ("regions", T
 def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
     guidance = family.guided if guided else family.unguided
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
-    method = Draft(length=1, reading=reading)
+    method = Draft(length=1, reading=reading, bias=0, isolate=0, token_mask="tara")
     found = pipe(
         **CALL, **guidance, concepts=["cat", "dog"], method=method, latents=noise, num_images_per_prompt=2
     ).images
@@ -76,14 +77,16 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
 
 
 @pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
-def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
-    both = [Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="cat")]
-    call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}
-    auto = pipe(**call, **family.unguided, concepts=both, method="draft").images
-    own = pipe(
-        **call | {"generator": seeded(3)}, **family.unguided, concepts=both, method=Draft(reading="regions")
-    ).images
-    assert torch.equal(auto, own)
+def test_two_of_one_class_read_one_text_unless_one_has_a_prompt_of_its_own(family, pipe):
+    def image(method: Draft, **fields: Any) -> Tensor:
+        both = [Concept(name="cat", class_word="cat", **fields), Concept(name="dog", class_word="cat")]
+        call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}
+        return pipe(**call, **family.unguided, concepts=both, method=method).images
+
+    one = Draft(reading="scene", bias=1, isolate=0.3, token_mask="others")
+    assert torch.equal(image(Draft()), image(one))
+    asleep: Any = {"prompt": "a sks cat that sleeps"}
+    assert torch.equal(image(Draft(), **asleep), image(replace(one, reading="regions"), **asleep))
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(4, "4 + 1 stopped"), (6, "6 + 1 stopped"), (8, "9 + 1 stopped")])

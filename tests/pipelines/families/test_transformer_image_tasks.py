@@ -293,9 +293,8 @@ def test_draft_from_an_image_is_regional_with_the_regions_found(pipes, name, inp
 
     monkeypatch.setattr("lora_compose.pipelines.methods.draft.divided", kept)
     given = task(name, inpaints)
-    drafted = latents_of(
-        pipes[name], concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0.0), **given
-    )
+    method = Draft(length=1, reading="scene", bias=0, isolate=0, token_mask="tara")
+    drafted = latents_of(pipes[name], concepts=["cat", "dog"], method=method, **given)
     (masks,) = found
     images: Any = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
     regions = [Concept(name=one, region=mask) for one, mask in zip(("cat", "dog"), images, strict=True)]

@@ -284,7 +284,7 @@ def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe
 def test_regions_that_read_one_text_are_isolated_in_a_part_of_the_steps(family, pipe):
     """With a draft whose bias is 0 that is the same, which is compared with dense masks."""
     given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")}
-    methods = (Regional(texts="shared", isolate=0.5), Draft(reading="scene", isolate=0.5, bias=0))
+    methods = (Regional(texts="shared", isolate=0.5), Draft(reading="scene", isolate=0.5, bias=0, token_mask="tara"))
     found, same = (pipe(**given, method=method, generator=seeded(3)).images for method in methods)
     assert torch.equal(found, same)
     for isolate in (0, 1):
