@@ -130,19 +130,19 @@ def _costs_are_measured_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("suite") / "tiny.yaml"
     path.write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite(suite_file: Path) -> Suite:
     return read_suite(str(suite_file))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     out = tmp_path_factory.mktemp("finished")
