@@ -59,7 +59,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "one.safetensors", tmp_path / "other.safetensors"
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", slow_but([0], [0, 1]))
 def test_the_sum_opens_everywhere_and_is_the_image_of_both(
     first: int, files: tuple[Path, Path], tmp_path: Path
 ) -> None:

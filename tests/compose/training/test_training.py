@@ -119,7 +119,7 @@ def largest_difference(first: Path, second: Path) -> float:
 @pytest.mark.parametrize(
     ("kind", "scope"),
     [
-        ("sd", "cross_kv"),
+        pytest.param("sd", "cross_kv", marks=pytest.mark.slow),
         ("sd", "convolutions"),
         ("xl", "attention"),
         pytest.param("sd", "transformer", marks=pytest.mark.slow),

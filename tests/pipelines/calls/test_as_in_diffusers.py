@@ -191,7 +191,7 @@ def test_every_scheduler_does_what_it_does_in_diffusers(composer, plain_pipe, ca
     assert_close(composed, expected)
 
 
-COUNT_STEPS = ("merge", "switch", "lora-composer", "clora", "draft", "freefuse")
+COUNT_STEPS = ("merge", "switch", "lora-composer", "clora", "draft")
 """One whose steps are all alike, and those that do something else at some of them."""
 
 SCHEDULES: dict[str, tuple[Any, dict[str, list[float]], int]] = {

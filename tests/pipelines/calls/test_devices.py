@@ -101,7 +101,7 @@ def test_an_offloaded_pipeline_gives_the_same_image_again_and_again(
 
 @pytest.mark.parametrize(("family", "methods", "groups"), [
     ("sd", (UPDATES,), {"offload_type": "block_level", "num_blocks_per_group": 1}),
-    ("sdxl", ("tara",), {"offload_type": "leaf_level"}),
+    pytest.param("sdxl", ("tara",), {"offload_type": "leaf_level"}, marks=pytest.mark.slow),
 ], ids=["blocks", "leaves"])  # fmt: skip
 def test_a_pipeline_offloaded_in_groups_gives_the_same_image(
     composer: Any, methods: Sequence[Any], groups: Any

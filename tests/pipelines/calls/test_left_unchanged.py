@@ -26,7 +26,12 @@ from pairs import in_pairs, slow_but
 
 @pytest.mark.parametrize(
     ("method", "error"),
-    [("merge", StoppedError), ("composite", StoppedError), (UPDATES, KeyboardInterrupt), ("tara", None)],
+    [
+        ("merge", StoppedError),
+        pytest.param("composite", StoppedError, marks=pytest.mark.slow),
+        (UPDATES, KeyboardInterrupt),
+        ("tara", None),
+    ],
 )
 def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write_lora, method, error):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)

@@ -25,8 +25,8 @@ EVERY_METHOD: dict[str, Settings] = {
     "clora that fuses branches": Clora(fuse="branches"),
     "clora that averages branches": Clora(fuse="branches", mask_from=1.0),
 }
-OTHER_NUMBERS = set(PRESETS) - {"clora:official"}
-"""Presets that go the way of their method with other numbers."""
+OTHER_NUMBERS = {*PRESETS, "clora that averages branches"}
+"""What goes the way of others with other numbers."""
 WITH_UPDATES = {"clora": Clora(), "lora-composer": LoraComposer()}
 
 

@@ -227,7 +227,10 @@ def scales_of(pipe: Any, *parts: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("limited", "free"), [(Regional(limit=1.0), Regional()), (Draft(limit=1.0), Draft())])
+@pytest.mark.parametrize(
+    ("limited", "free"),
+    [(Regional(limit=1.0), Regional()), pytest.param(Draft(limit=1.0), Draft(), marks=pytest.mark.slow)],
+)
 def test_regions_that_overlap_are_kept_within_a_limit_and_others_are_as_they_were(
     pipe: Any, write_lora: Callable[..., Path], limited: Any, free: Any
 ) -> None:

@@ -142,6 +142,7 @@ def expected(
         return plain_latents(family, pipe, **CALL, **family.guided)
 
 
+@pytest.mark.parametrize("family", slow_but((*FEW, "flux3"), JOINT), indirect=True)
 def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
     method = FreeFuse(length=1, own_bias=2, other_bias=-3, rows="cond_only")
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
@@ -162,7 +163,9 @@ def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
-@pytest.mark.parametrize(("words", "isolate"), [("others", 1), ("phrase", 0), ("image", 1)])
+@pytest.mark.parametrize(
+    ("words", "isolate"), [("others", 1), pytest.param("phrase", 0, marks=pytest.mark.slow), ("image", 1)]
+)
 def test_what_a_lora_changes_of_the_text_and_who_sees_whom_are_closed_each_alone(family, pipe, asked, words, isolate):
     method = Draft(length=1, reading="scene", bias=1.5, token_mask=words, isolate=isolate)
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)

@@ -276,7 +276,7 @@ def alone(family: str, pipe: Any, name: str = "cat") -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(("family", "inpaints"), [("sd", False), ("sdxl", True)])
+@pytest.mark.parametrize(("family", "inpaints"), [("sd", False), pytest.param("sdxl", True, marks=pytest.mark.slow)])
 def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, inpaints):
     ours = run(composer_of(family), **task(inpaints), concepts=["cat"], method="merge").images
     assert_close(ours, run(alone(family, diffusers_pipe(family, inpaints)), **task(inpaints)).images)

@@ -129,8 +129,8 @@ class ByHand:
 @pytest.mark.parametrize(("concepts", "interval", "active"), [
     ("bear cat dog", 1, "bear cat dog bear"),
     ("cat dog", 2, "cat cat dog dog cat"),
-    ("dog cat", 3, "dog dog"),
-    ("bear", 2, "bear bear bear"),
+    pytest.param("dog cat", 3, "dog dog", marks=pytest.mark.slow),
+    pytest.param("bear", 2, "bear bear bear", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_switch_equals_a_loop_with_one_adapter_at_a_time(pipe, plain_pipe, concepts, interval, active):
     turns = active.split()
@@ -149,7 +149,7 @@ def test_switch_changes_after_five_steps_if_not_told_otherwise():
 
 @pytest.mark.parametrize(("shares", "concepts", "guidance_scale"), [
     (None, ["cat", "dog", "bear"], 7.5),
-    (None, ["cat"], 7.5),
+    pytest.param(None, ["cat"], 7.5, marks=pytest.mark.slow),
     ([1, 3], ["cat", "bear"], 1.0),
     ([0.5, 0, 2.5], ["cat", "dog", "bear"], 7.5),
 ])  # fmt: skip
@@ -248,8 +248,10 @@ def test_each_text_is_projected_once_and_once_more_without_guidance(pipe, method
 
 
 @pytest.mark.parametrize(("method", "concepts", "guidance_scale", "rows"), [
-    ("switch", 1, 7.5, 4), ("switch", 3, 7.5, 4), ("switch", 3, 1.0, 2),
-    ("composite", 1, 7.5, 4), ("composite", 2, 7.5, 8), ("composite", 3, 7.5, 12), ("composite", 3, 1.0, 6),
+    ("switch", 3, 7.5, 4), ("switch", 3, 1.0, 2), ("composite", 3, 7.5, 12), ("composite", 3, 1.0, 6),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("switch", 1, 7.5, 4), ("composite", 1, 7.5, 4), ("composite", 2, 7.5, 8),
+    )),
 ])  # fmt: skip
 def test_rows_are_counted_and_no_pass_has_more_than_two(pipe, method, concepts, guidance_scale, rows):
     seen: list[int] = []
