@@ -1,6 +1,8 @@
 """Every transformer family through the same seam: equal to a slow reference, and to diffusers where LoRAs are plain."""
 
 import copy
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,14 +58,15 @@ def test_the_same_call_is_bit_identical_again_in_a_model_that_no_call_has_touche
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize(
-    ("method", "guided"),
-    [
-        *(pytest.param(method, True, id=f"{method}-guided") for method in METHODS),
-        pytest.param("regional", False, id="regional-unguided"),
-        *(pytest.param(method, False, id=f"{method}-unguided", marks=pytest.mark.slow) for method in ("merge", "tara")),
-    ],
-)
+def _cases() -> Iterator[Any]:
+    """Every family with guidance; without it, and in the words alone, a few."""
+    for family, method, guided in product(TRANSFORMERS, METHODS, (True, False)):
+        usual = (guided and method != "tara") or (family in FEW and guided != (method == "regional"))
+        name = f"{family}-{method}-{'guided' if guided else 'unguided'}"
+        yield pytest.param(family, method, guided, id=name, marks=() if usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "method", "guided"), _cases(), indirect=["family"])
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
@@ -198,6 +201,7 @@ def test_recorded_maps_say_how_much_cells_attend_to_the_words_of_each_concept(fa
     assert output.attention_maps.sum(dim=2).max() < 1
 
 
+@pytest.mark.parametrize("family", slow_but((*FEW, "anima", "flux3"), TRANSFORMERS), indirect=True)
 def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
     prompts, sets = [PROMPT, "a zwx dog"], [["cat", "dog"], ["dog"]]
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
