@@ -34,7 +34,7 @@ def composer(whole_composer: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "method", "dtype"),
-    in_pairs([("sdxl", "tara"), ("sd", UPDATES)], [torch.float16, torch.bfloat16]),
+    in_pairs([("sdxl", "tara"), pytest.param("sd", UPDATES, marks=pytest.mark.slow)], [torch.float16, torch.bfloat16]),
 )
 def test_half_precision_is_near_to_single_precision(composer: Any, method: Any, dtype: Any) -> None:
     # Up to torch 2.8 a generator draws other numbers in half precision.

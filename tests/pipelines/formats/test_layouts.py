@@ -51,13 +51,17 @@ def test_the_layout_is_recognised(name: str) -> None:
     assert guess.why
 
 
-@pytest.mark.parametrize("name", [name for name in USABLE if layout(name).get("told_by") != "metadata"])
+@pytest.mark.parametrize(
+    "name", slow_but(ONE_OF_EACH, [name for name in USABLE if layout(name).get("told_by") != "metadata"])
+)
 def test_the_family_is_known_from_keys_and_shapes_alone(name: str) -> None:
     known = layout(name)
     assert guess_family(shapes_of(known), {}).family == known["family"]
 
 
-@pytest.mark.parametrize("name", slow_but({*ONE_OF_EACH} - {"kohya-flux-oft"}, USABLE))  # it inverts thousands of blocks
+@pytest.mark.parametrize(
+    "name", slow_but({*ONE_OF_EACH} - {"kohya-flux-oft"}, USABLE)
+)  # it inverts thousands of blocks
 def test_every_key_finds_its_layer_and_inspect_tells_the_same(name: str) -> None:
     known = layout(name)
     tensors = file(name).tensors
