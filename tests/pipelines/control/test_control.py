@@ -373,7 +373,11 @@ class Probing:
 
 @pytest.mark.parametrize(
     ("family", "model_of", "branch_batch_size"),
-    [("sd", net_of, None), ("sd", adapter_of, 1), ("sdxl", net_of, 1), ("sdxl", adapter_of, None)],
+    [
+        ("sd", net_of, None),
+        ("sd", adapter_of, 1),
+        *(pytest.param("sdxl", *case, marks=pytest.mark.slow) for case in ((net_of, 1), (adapter_of, None))),
+    ],
 )
 def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
     control = Control(model=model_of(composer), image=image_of())
@@ -384,7 +388,7 @@ def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
 
 
 @pytest.mark.parametrize(("method", "rows"), [
-    ("merge", 2 * 2),
+    pytest.param("merge", 2 * 2, marks=pytest.mark.slow),
     ("composite", 2 * 2 * 2),
     (LoraComposer(apart=0.0, reinit="off", most_updates=0.1), 2 * 2 + 1),
     (LoraComposer(apart=1.0, step_size=0), 2 * 2),  # two halves of the canvas

@@ -122,7 +122,7 @@ def test_the_same_concept_may_have_other_factors_on_blocks_in_every_image(pipe):
     assert_as_one_by_one(pipe, sets, "merge", ["a sks cat and a zwx dog", "a sks cat"])
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_regions_in_one_prompt_leave_one_without_concepts_alone(pipe, first):
     order = slice(None) if first else slice(None, None, -1)
     assert_as_one_by_one(pipe, [SETS_WITH_REGION, []][order], "regional", [PROMPTS[0], PROMPTS[2]][order])

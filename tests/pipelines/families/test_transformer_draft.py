@@ -75,7 +75,7 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
         torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["qwen-image"], JOINT), indirect=True)
 def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
     both = [Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="cat")]
     call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}

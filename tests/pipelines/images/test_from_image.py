@@ -182,7 +182,7 @@ def test_each_prompt_may_have_a_mask_without_concepts_as_in_diffusers(family: st
     assert same_bits(run(composer_of(family), **given).images, run(diffusers_pipe(family, True), **given).images)
 
 
-@pytest.mark.parametrize("inner", [4, 9])
+@pytest.mark.parametrize("inner", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_each_prompt_may_have_a_mask_with_concepts_as_in_calls_of_its_own(inner: int) -> None:
     pipe = composer_of("sd")
     if inner == 9:

@@ -538,7 +538,7 @@ def test_given_regions_that_overlap_leave_nothing_over(composer):
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize("division", ["strips", "nearest"])
+@pytest.mark.parametrize("division", slow_but(["strips"], ["strips", "nearest"]))
 def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, division):
     given = {"image": Image.new("RGB", (128, 128), "gray"), "mask_image": (64, 0, 128, 128), "strength": 1.0}
     output = call(composer, method=Draft(division=division), record_attention=True, **given)

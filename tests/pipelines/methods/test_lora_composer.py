@@ -151,7 +151,7 @@ def test_with_everything_off_and_no_background_concept_it_is_the_plain_prompt(co
 
 @pytest.mark.parametrize(
     ("changes", "weight"),
-    [({"inject": "attn2"}, 0.0), ({"reinit": "swap"}, 0.8)],
+    [pytest.param({"inject": "attn2"}, 0.0, marks=pytest.mark.slow), ({"reinit": "swap"}, 0.8)],
     ids=str,
 )
 def test_a_region_of_the_whole_canvas_is_an_ordinary_lora_whatever_the_scene_is(

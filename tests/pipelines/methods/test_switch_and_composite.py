@@ -18,6 +18,7 @@ from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch, make_method
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
 OTHER_PROMPT = "a xlo bear on a sks cat and a zwx dog"
@@ -201,7 +202,7 @@ PAIR: dict[str, Any] = {"concepts": ["cat", "dog"]}
 OF_ONE_STEP = {"switch": Switch(interval=1), "composite": Composite()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["composite"], METHODS))
 def test_several_prompts_images_and_a_negative_prompt_reach_every_pass(pipe, plain_pipe, method):
     prompts = [PROMPT, OTHER_PROMPT]
     by_hand = ByHand(plain_pipe, ["cat", "dog"], prompts, images=2, negative_prompt="dark")
@@ -213,7 +214,7 @@ def test_several_prompts_images_and_a_negative_prompt_reach_every_pass(pipe, pla
     assert output.cost.rows_forward == 2 * (8 if method == "switch" else 16)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["composite"], METHODS))
 def test_guidance_that_a_callback_switches_off_is_off_for_every_lora(pipe, plain_pipe, method):
     by_hand = ByHand(plain_pipe, ["cat", "dog"], guidance_scale=5.0)
     step_of = outputs_of(method, by_hand)
@@ -296,7 +297,7 @@ def test_recorded_maps_are_those_of_the_loras_that_acted(pipe, method):
     assert (alone[0] - alone[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["switch"], METHODS))
 def test_regions_are_ignored_with_one_warning(pipe, method, caplog):
     expected = latents_of(pipe, method=method, num_inference_steps=1, **PAIR)
     placed = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
