@@ -66,7 +66,7 @@ def _cases() -> Iterator[Any]:
         yield pytest.param(family, method, guided, id=name, marks=() if usual else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("family", "method", "guided"), _cases(), indirect=["family"])
+@pytest.mark.parametrize(("family", "method", "guided"), [*_cases()], indirect=["family"])
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
