@@ -584,7 +584,10 @@ def test_check_says_which_seeds_and_files_a_run_would_make(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "pipeline",
-    [flux_pipeline, partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True)],
+    [
+        flux_pipeline,
+        pytest.param(partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), marks=pytest.mark.slow),
+    ],
     ids=["guidance is an input", "guidance is distilled"],
 )
 def test_check_counts_no_rows_for_guidance_where_the_model_runs_none(

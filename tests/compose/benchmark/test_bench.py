@@ -171,9 +171,9 @@ def test_runs_are_interleaved(model):
 @pytest.mark.parametrize(
     ("pipeline", "arguments"),
     [
-        pytest.param(flux_pipeline, {"guidance_scale": 5.0}, marks=pytest.mark.slow),
+        (flux_pipeline, {"guidance_scale": 5.0}),
         (partial(flux_pipeline, guidance_embeds=False), {"true_cfg_scale": 5.0, "negative_prompt": ""}),
-        (partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), {}),
+        pytest.param(partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), {}, marks=pytest.mark.slow),
     ],
     ids=["distilled guidance", "classifier-free guidance", "no guidance"],
 )
