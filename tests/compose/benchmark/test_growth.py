@@ -123,7 +123,7 @@ def test_memory_of_stored_loras_grows_at_most_linearly():
 
 def test_choosing_of_stored_loras_looks_at_each_once():
     points = []
-    for number, unused in ((500, "snow"), (1000, "sand"), (2000, "grass")):
+    for number, unused in ((1000, "snow"), (2000, "sand"), (4000, "grass")):
         known = {f"{i}": Concept(name=f"{i}", trigger=f"word{i}", class_word=NOUNS[i % 4]) for i in range(number)}
         assert choose_two(known, "stone").names == ("3", "7")
         points.append(Point(number, {"calls": python_calls(partial(choose_two, known, unused))}))
