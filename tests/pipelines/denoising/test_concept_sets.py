@@ -83,8 +83,7 @@ def assert_as_one_by_one(
     ("family", "method"),
     [
         *(pytest.param("sd", method, marks=() if method in USUAL else pytest.mark.slow) for method in METHODS),
-        ("sdxl", "merge"),
-        pytest.param("sdxl", "composite", marks=pytest.mark.slow),
+        *(pytest.param("sdxl", method, marks=pytest.mark.slow) for method in ("merge", "composite")),
     ],
     ids=str,
 )
