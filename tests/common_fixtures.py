@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, 100)  # what lives long is walked through ten times less often
+    # In each phase of each test, pytest gives handlers to all loggers that do not propagate: most are of these two.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.startswith(("torch.", "streamlit.")):
+            logger.propagate = True
 
 
 @pytest.fixture

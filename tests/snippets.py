@@ -189,7 +189,8 @@ class ModelFolders:
             save_file(lora_tensors(**{part: lora}), folder / f"{concept}.safetensors")
         for seed, image in enumerate(("pose", "look", "start", "room", "chair")):
             pixels = np.random.default_rng(seed).random((512, 512, 3)) * 255
-            Image.fromarray(pixels.astype("u1")).save(folder / f"{image}.png")
+            picture = Image.fromarray(pixels.astype("u1"))
+            picture.save(folder / f"{image}.png", compress_level=0)  # noise gets no smaller
         for number, mask in enumerate(("cat", "dog")):
             half = np.zeros((512, 512), "u1")
             half[:, 256 * number : 256 * (number + 1)] = 255

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from all_transformers import TRANSFORMERS
 from goldens import GOLDENS, RECORDED, numbers
+from pairs import slow_but
 
 CHEAP = [name for name, golden in GOLDENS.items() if golden.cheap]
+SLOW = {
+    *(f"sdxl: {method}" for method in ("tara", "regional", "composite", "clora", "draft", "freefuse")),
+    *(f"{family}: {run}" for family in TRANSFORMERS if family != "flux" for run in ("merge unguided", "draft")),
+    *(f"sd: {run}" for run in ("Heun", "guidance 1", "odd canvas", "one step", "mask image")),
+}
+"""Methods on a second UNet and on more than one transformer; calls that are compared with a reference elsewhere."""
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("name", slow_but({*CHEAP} - SLOW, CHEAP))
 def test_latents_are_what_they_were(name: str) -> None:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[name]
     assert numbers(GOLDENS[name].latents()) == pytest.approx(recorded, abs=1e-3 * recorded[-1])  # of their deviation

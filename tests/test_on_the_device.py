@@ -75,7 +75,7 @@ DISTINCT = [
     name for name in METHODS if name not in ("tara, official", "tara, keys and values", "clora, one branch at once")
 ]
 
-OF_EACH_KIND = ("tara", "regional", "composite", "lora-composer", "clora", "clora, branches")
+OF_EACH_KIND = ("tara", "regional", "composite", "lora-composer", "clora, branches")
 """Methods that are as different as they can be where prompts are joined and split."""
 
 
@@ -122,9 +122,9 @@ def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 
 def with_precision(family: str, dtype: torch.dtype, name: str) -> Any:
-    """A case: by default in single precision, in which the numbers are compared, with the family of two texts."""
+    """A case: by default our settings in single precision, whose numbers are compared, with the family of two texts."""
     kind = str(dtype).removeprefix("torch.")
-    usual = (family, dtype) == ("sdxl", torch.float32) and name in DISTINCT
+    usual = (family, dtype) == ("sdxl", torch.float32) and name in DISTINCT and "official" not in name
     return pytest.param(family, dtype, name, id=f"{name}-{family}-{kind}", marks=() if usual else pytest.mark.slow)
 
 
@@ -462,7 +462,7 @@ def test_nor_does_it_with_whatever_else_a_call_may_have(family: str, name: str, 
 @SD_AND_SLOWLY_XL
 @pytest.mark.parametrize(
     "name",
-    slow_but({*WAITS} - {"clora, official", "lora-composer, official"}, [name for name in WAITS if name in DISTINCT]),
+    slow_but(OF_EACH_KIND, [name for name in WAITS if name in DISTINCT]),
 )
 def test_for_another_update_the_host_waits_as_often_as_documented(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)

@@ -41,7 +41,7 @@ from lora_compose.attention import (
     installed_layers,
 )
 from model_snapshot import Snapshot
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")
@@ -519,7 +519,11 @@ def stored_in_half_precision(unet: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "how"), in_pairs([layer_by_layer, in_groups, stored_in_half_precision], ["module", "forward"])
+    ("keep", "how"),
+    in_pairs(
+        slow_but([layer_by_layer, in_groups], [layer_by_layer, in_groups, stored_in_half_precision]),
+        ["module", "forward"],
+    ),
 )
 @torch.no_grad()
 def test_weights_that_hooks_bring_are_not_folded_and_give_the_same_image(keep: Callable[[Any], None], how: How) -> None:

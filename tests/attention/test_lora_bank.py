@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -91,7 +90,17 @@ class Case:
         assert_equals_the_slow_sum(self.unet, self.inputs, self.loras, (self.gates, self.full))
 
 
-@pytest.mark.parametrize(("unet", "style"), [*product(["sd"], STYLES), ("sdxl", "everything")], indirect=["unet"])
+@pytest.mark.parametrize(
+    ("unet", "style"),
+    [
+        *(
+            pytest.param("sd", style, marks=() if style in ("constant", "everything") else pytest.mark.slow)
+            for style in STYLES
+        ),
+        ("sdxl", "everything"),
+    ],
+    indirect=["unet"],
+)
 @torch.no_grad()
 def test_bank_equals_the_slow_sum(unet: Any, style: Style) -> None:
     Case(unet, style, rows=3, grid=(9, 15)).assert_equal()

@@ -27,7 +27,7 @@ SIDE = 64
 WITHOUT_UNCONDITIONAL_ROWS = ("flux", "kontext", "flux2-dev", "flux3-distilled")
 """Families whose guidance is distilled into the model."""
 READ_REFERENCES_ONLY = ("qwen-image-edit", "qwen-image-edit-2511")
-USUAL = ("flux", "z-image", "anima", "qwen-image-edit")
+USUAL = ("flux", "anima", "qwen-image-edit")
 """One family of each kind: sequences, guidance, references, modular pipelines."""
 
 

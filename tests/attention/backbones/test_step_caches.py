@@ -16,6 +16,7 @@ from diffusers.hooks import apply_pyramid_attention_broadcast
 from components import tiny_unet
 from flux import FLUX, flux_pipeline, flux_transformer
 from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
+from pairs import slow_but
 from transformer_families import latents_of, pipeline_with_concepts
 
 # All of them use what they have kept in the second step.
@@ -91,7 +92,7 @@ def test_methods_that_look_at_layers_in_every_step_refuse_caches() -> None:
     check_caches(unet, differentiates=False)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(("first block", "pyramid", "faster"), CONFIGS))
 def test_a_call_with_concepts_caches_as_one_of_diffusers_does(name: str, tmp_path: Any) -> None:
     from safetensors.torch import save_file
 

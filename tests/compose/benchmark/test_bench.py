@@ -63,7 +63,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_counting_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "ARCHITECTURES", {"SD 1.5": SD15, "SDXL": SD15})  # SDXL itself takes seconds
+    small = {**SD15, "layers_per_block": 1}  # the large ones take seconds
+    monkeypatch.setattr(bench_module, "ARCHITECTURES", {"SD 1.5": small, "SDXL": small})
     output = bench("--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
     rows = cells(output)
     assert rows["plain", "0"] == ["6", "-", "-", "1.000", "-", "1.000", "-"]
@@ -172,7 +173,7 @@ def test_runs_are_interleaved(model):
     [
         (flux_pipeline, {"guidance_scale": 5.0}),
         (partial(flux_pipeline, guidance_embeds=False), {"true_cfg_scale": 5.0, "negative_prompt": ""}),
-        (partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), {}),
+        pytest.param(partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), {}, marks=pytest.mark.slow),
     ],
     ids=["distilled guidance", "classifier-free guidance", "no guidance"],
 )

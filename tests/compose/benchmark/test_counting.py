@@ -37,6 +37,7 @@ from lora_compose.pipelines.methods import (
 )
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]
@@ -333,7 +334,7 @@ def test_no_method_is_quadratic_in_the_number_of_concepts_on_sdxl(xl, name) -> N
     assert four < {"composite": 4.1, "lora-composer": 2.2, "clora": 4.0, "freefuse": 1.2}.get(name, 1.02)
 
 
-@pytest.mark.parametrize("name", ["lora-composer", "clora"])
+@pytest.mark.parametrize("name", slow_but(["clora"], ["lora-composer", "clora"]))
 def test_methods_with_updates_are_not_quadratic_in_the_number_of_concepts(name) -> None:
     unet, settings = small("sd"), METHODS[name]()
     plain, two, four = (
@@ -370,7 +371,10 @@ def test_maps_come_from_the_published_number_of_layers() -> None:
     assert numbers == {"SD 1.5": 5, "SDXL": 60}
 
 
-@pytest.mark.parametrize("settings", [LoraComposer.official(), LoraComposer(apart=1.0, most_updates=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [LoraComposer.official(), pytest.param(LoraComposer(apart=1.0, most_updates=0.1), marks=pytest.mark.slow)],
+)
 def test_updates_and_parts_of_the_canvas_count_as_in_a_real_call(settings, write_lora):
     pipe = tiny_pipeline()
     pipe.load_concept(write_lora("sks", unet=random_lora(pipe.unet, 0)), trigger="sks")

@@ -20,7 +20,7 @@ from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Merge
 
 GIB = 2**30
 pytestmark = pytest.mark.usefixtures("tensors_of_others_do_not_count")
-SIDE, GUIDANCE = 192, 5.0
+SIDE, GUIDANCE = 128, 5.0
 PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS[:2], NOUNS, strict=False))
 WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora(), "by branch": Clora(branch_batch_size=1)}
 METHODS = WITH_UPDATES | {

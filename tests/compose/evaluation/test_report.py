@@ -80,6 +80,13 @@ def partly(batch: Batch, seed: int) -> Seen | str | None:
     return gaps.get((batch.arm.name, seed), known(batch, seed))
 
 
+@pytest.fixture(autouse=True)
+def _plots_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take as long as the rest of a small report."""
+    if "written" not in request.fixturenames:
+        monkeypatch.setattr("lora_compose.compose.evaluation.report.against_cost", lambda *_: "")
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return write_report(store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True, truth=TRUTH))

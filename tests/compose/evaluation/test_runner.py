@@ -29,7 +29,7 @@ from disks import files_of_at_most
 from evaluations import contents
 from killing import kill_at_work
 from lora_compose.compose.cluster.work import keep
-from lora_compose.compose.evaluation import planning, worker
+from lora_compose.compose.evaluation import planning, report, worker
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.planning import open_plan, plan_batches
 from lora_compose.compose.evaluation.results import (
@@ -107,7 +107,7 @@ class Once(dict[Any, int]):
 def _costs_are_measured_once() -> Iterator[None]:
     """What a kind of call costs is measured once for all workers, as otherwise for all batches of one.
 
-    Memory is measured once in all, and references are embedded once.
+    Memory is measured once in all, references are embedded once, and reports have no plots, as nobody looks at them.
     """
     counted, peaks, opens = {}, Once(), Worker.open
     scorers: dict[str, Scorer] = {}
@@ -127,22 +127,23 @@ def _costs_are_measured_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Worker, "open", opened)
         patched.setattr(worker, "open_scorer", scorer_of)
+        patched.setattr(report, "against_cost", lambda *_: "")
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("suite") / "tiny.yaml"
     path.write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite(suite_file: Path) -> Suite:
     return read_suite(str(suite_file))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     out = tmp_path_factory.mktemp("finished")

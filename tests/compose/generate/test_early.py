@@ -23,6 +23,7 @@ from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from pairs import slow_but
 from small_world import SIZE
 
 CAT = ("--lora", "playground:cat")
@@ -104,7 +105,7 @@ def test_a_method_that_the_model_cannot_run_is_refused_before_it_is_opened(metho
     in_both("playground-flux", *options, f"{method} needs cross-attention")
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", slow_but(("anima", "flux", "flux2", "flux3", "z-image", "qwen-image-edit"), EVERY))
 def test_what_a_size_needs_is_known_without_the_model(family: str) -> None:
     pipe = EVERY[family].pipeline()
     configs = {"vae": dict(pipe.vae.config), "transformer": {"_class_name": "-", **pipe.transformer.config}}

@@ -29,6 +29,7 @@ from lora_compose.pipelines.formats.lora_writer import Spelling
 from lora_compose.pipelines.merging import MERGERS, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate
 from lora_compose.pipelines.scene.sources import parse_lora
+from pairs import slow_but
 from recipe.lora_files import FORMATS
 from recipe.merging import PAIRS, drawn, images
 from reference import dense
@@ -135,7 +136,7 @@ def test_the_file_holds_what_the_merger_makes_of_every_layer(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("name", slow_but(("svd", "ties", "soups"), MERGERS))
 def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     name: str, pipe_and_files: tuple[Any, list[Path]], tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ from transformer_families import as_file, random_lora_of_all
     [
         (partial(flux_pipeline, guidance_embeds=False), "the photo"),
         (partial(flux_pipeline, ComposeFluxKontextPipeline), ""),  # whose size is a shape and an area
-        (partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), ""),
+        pytest.param(partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), "", marks=pytest.mark.slow),
         pytest.param(qwen_image_pipeline, "", marks=pytest.mark.slow),
     ],
     ids=["flux", "kontext", "flux3-distilled", "qwen-image"],

@@ -315,7 +315,7 @@ def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterato
 
 
 @pytest.mark.usefixtures("costs_do_not_matter")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(("merge", "lora-composer", "draft"), METHODS))
 def test_errors_are_reported_without_python(model: OpenModel, method: str) -> None:
     robot = ROBOT.model_copy(update={"trigger": ""})
     wrong = [

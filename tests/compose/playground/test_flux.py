@@ -15,6 +15,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_l
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.scene import Run, Scene
+from pairs import slow_but
 from small_world import SIZE, concepts, words
 
 PROMPT = "a xlo bear and a qrt robot on sand"
@@ -61,7 +62,7 @@ def test_its_images_have_its_own_size(pipe: Any) -> None:
     assert made.size == again.size == pipe.own_size == (SIZE, SIZE)
 
 
-@pytest.mark.parametrize("method", ["regional", "draft"])
+@pytest.mark.parametrize("method", slow_but(["draft"], ["regional", "draft"]))
 def test_its_loras_compose_by_name(pipe: Any, plain_image: np.ndarray, method: str) -> None:
     image = np.asarray(make(pipe, run(method, boxed=method == "regional")).image, dtype=int)
     assert image.shape == (SIZE, SIZE, 3)

@@ -266,7 +266,11 @@ def test_headers_name_the_method_and_the_reason(
     [
         ("a xlo bear and a qrt robot", "auto"),
         ("a xlo bear and a robot", {"bear": 1.0, "robot": {"role": "bystander"}}),
-        ("a xlo bear and a bear", {"bear": 1.0, "other": {"role": "bystander", "class_word": "bear"}}),
+        pytest.param(
+            "a xlo bear and a bear",
+            {"bear": 1.0, "other": {"role": "bystander", "class_word": "bear"}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed(

@@ -66,7 +66,10 @@ def test_a_model_goes_where_it_is_needed(savers: list[Saver], where: tuple[str, 
     assert Placed.where == where
 
 
-@pytest.mark.parametrize(("made_for", "latents", "tiles"), [(1024, 128, 9), (512, 64, 1), (128, 16, 1), (128, 24, 4)])
+@pytest.mark.parametrize(
+    ("made_for", "latents", "tiles"),
+    [pytest.param(1024, 128, 9, marks=pytest.mark.slow), (512, 64, 1), (128, 16, 1), (128, 24, 4)],
+)
 def test_tiles_are_smaller_than_the_images_of_large_models(made_for: int, latents: int, tiles: int) -> None:
     vae: Any = small_vae(sample_size=made_for, block_out_channels=(4,) * 4, norm_num_groups=2)
     decoded = []

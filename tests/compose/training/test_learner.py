@@ -51,7 +51,7 @@ def predicted(unet: Any, batch: Batch, rows: slice) -> Tensor:
     return unet(noisy, batch.times[rows], batch.text[rows]).sample
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rows_of_the_class_are_compared_with_the_base_model(dora: bool) -> None:
     plain, unet = adapted(dora=dora)
     batch = batch_of(unet)

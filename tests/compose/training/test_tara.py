@@ -176,7 +176,7 @@ def hooked_loss(unet: Any, given: dict[str, Any], norm: str) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("family", "norm"), [("sd", "l1"), ("xl", "l2")])
+@pytest.mark.parametrize(("family", "norm"), [("sd", "l1"), pytest.param("xl", "l2", marks=pytest.mark.slow)])
 def test_the_closed_form_is_what_hooks_see_at_every_step(unet: Any, norm: Any) -> None:
     adapted(unet)
     focus = focus_on_triggers(unet, ADAPTER)

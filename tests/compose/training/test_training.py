@@ -119,7 +119,7 @@ def largest_difference(first: Path, second: Path) -> float:
 @pytest.mark.parametrize(
     ("kind", "scope"),
     [
-        ("sd", "cross_kv"),
+        pytest.param("sd", "cross_kv", marks=pytest.mark.slow),
         ("sd", "convolutions"),
         ("xl", "attention"),
         pytest.param("sd", "transformer", marks=pytest.mark.slow),
@@ -180,7 +180,9 @@ def test_a_file_in_half_precision_is_half_as_large_and_as_good(begin: Callable[.
         assert torch.equal(tensor, full[key].half())
 
 
-@pytest.mark.parametrize("tara", [None, TARA, TaraTraining(token_mask="inference")])
+@pytest.mark.parametrize(
+    "tara", [None, TARA, pytest.param(TaraTraining(token_mask="inference"), marks=pytest.mark.slow)]
+)
 def test_the_file_says_what_inference_needs(begin: Callable[..., Training], tara: TaraTraining | None) -> None:
     settings = begin(tara=tara, alpha=4, steps=1)
     told = metadata(train(settings))

@@ -30,7 +30,9 @@ def with_adapters(pipe: Any, files: dict[str, Any], weights: dict[str, float]) -
 CAT = {"prompt": "a sks cat", "concepts": [Concept(name="cat", trigger="sks")]}
 
 
-@pytest.mark.parametrize(("method", "active"), [("tara", True), ("composite", False)])
+@pytest.mark.parametrize(
+    ("method", "active"), [("tara", True), pytest.param("composite", False, marks=pytest.mark.slow)]
+)
 def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, files, method, active):
     by_name = ComposePipeline.from_pipe(plain_pipe)
     by_name.set_progress_bar_config(disable=True)
@@ -65,7 +67,7 @@ def test_adapters_that_are_not_named_stay_part_of_the_base(pipe, plain_pipe, fil
     assert_close(alone, plain_pipe("a sks cat", **arguments | {"generator": seeded()}).images)
 
 
-@pytest.mark.parametrize(("loaded", "scale"), [("file", 0.0), ("adapter", 0.5)])
+@pytest.mark.parametrize(("loaded", "scale"), [pytest.param("file", 0.0, marks=pytest.mark.slow), ("adapter", 0.5)])
 def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe, plain_pipe, files, loaded, scale):
     with_adapters(plain_pipe, files, {"style": 0.6 * scale, "cat": 1.0})
     if loaded == "file":
@@ -80,7 +82,9 @@ def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize(("method", "error"), [("tara", StoppedError), ("composite", None)])
+@pytest.mark.parametrize(
+    ("method", "error"), [("tara", StoppedError), pytest.param("composite", None, marks=pytest.mark.slow)]
+)
 def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     with_adapters(pipe, files, {"cat": 0.7, "style": 0.3})
     pipe.set_adapters(["style"], [0.4])

@@ -178,7 +178,15 @@ def test_every_argument_means_what_it_means_in_diffusers(family, case):
 
 
 @pytest.mark.parametrize(
-    ("family", "case"), [*(("sd", case) for case in SCHEDULERS if case != "Euler"), ("sdxl", "Euler")]
+    ("family", "case"),
+    [
+        *(
+            pytest.param("sd", case, marks=pytest.mark.slow if case in ("LCM", "UniPC") else ())
+            for case in SCHEDULERS
+            if case != "Euler"
+        ),
+        ("sdxl", "Euler"),
+    ],
 )
 def test_every_scheduler_does_what_it_does_in_diffusers(composer, plain_pipe, case):
     scheduler, arguments = SCHEDULERS[case]
@@ -191,7 +199,7 @@ def test_every_scheduler_does_what_it_does_in_diffusers(composer, plain_pipe, ca
     assert_close(composed, expected)
 
 
-COUNT_STEPS = ("merge", "switch", "lora-composer", "clora", "draft", "freefuse")
+COUNT_STEPS = ("merge", "switch", "lora-composer", "clora", "draft")
 """One whose steps are all alike, and those that do something else at some of them."""
 
 SCHEDULES: dict[str, tuple[Any, dict[str, list[float]], int]] = {

@@ -11,6 +11,7 @@ from lora_compose.pipelines.methods import choose_method
 from lora_compose.pipelines.methods.draft import Draft, draft_only
 from lora_compose.pipelines.text.prompts import about
 from lora_compose.pipelines.text.tokens import own_nouns
+from pairs import slow_but
 from transformer_families import CALL, shared_pipeline
 from transformer_families import latents_of as latents_on_transformer
 
@@ -47,7 +48,7 @@ def test_a_draft_finds_it_by_its_class_word(composer):
 
 
 @pytest.mark.parametrize("family", ["sd"])
-@pytest.mark.parametrize("method", ["merge", "switch", "composite", "tara"])
+@pytest.mark.parametrize("method", slow_but(["merge", "composite"], ["merge", "switch", "composite", "tara"]))
 def test_methods_that_know_no_places_make_the_image_without_it(composer, method):
     found = latents_of(composer, prompt=PLAIN, concepts=["cat", DOG], method=method)
     assert torch.equal(found, latents_of(composer, prompt=PLAIN, concepts=["cat"], method=method))

@@ -101,7 +101,7 @@ def test_callbacks_may_not_change_the_text(composer, name):
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize(("family", "method"), [("sd", UPDATES), ("sdxl", "tara")])
+@pytest.mark.parametrize(("family", "method"), [pytest.param("sd", UPDATES, marks=pytest.mark.slow), ("sdxl", "tara")])
 def test_an_interrupted_call_gives_what_there_is_and_leaves_nothing(family: str, method: Any) -> None:
     composer, kept = composer_of(family, whole=True), []
     before = State(composer)

@@ -34,7 +34,7 @@ def composer(whole_composer: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "method", "dtype"),
-    in_pairs([("sdxl", "tara"), ("sd", UPDATES)], [torch.float16, torch.bfloat16]),
+    in_pairs([("sdxl", "tara"), pytest.param("sd", UPDATES, marks=pytest.mark.slow)], [torch.float16, torch.bfloat16]),
 )
 def test_half_precision_is_near_to_single_precision(composer: Any, method: Any, dtype: Any) -> None:
     # Up to torch 2.8 a generator draws other numbers in half precision.
@@ -101,7 +101,7 @@ def test_an_offloaded_pipeline_gives_the_same_image_again_and_again(
 
 @pytest.mark.parametrize(("family", "methods", "groups"), [
     ("sd", (UPDATES,), {"offload_type": "block_level", "num_blocks_per_group": 1}),
-    ("sdxl", ("tara",), {"offload_type": "leaf_level"}),
+    pytest.param("sdxl", ("tara",), {"offload_type": "leaf_level"}, marks=pytest.mark.slow),
 ], ids=["blocks", "leaves"])  # fmt: skip
 def test_a_pipeline_offloaded_in_groups_gives_the_same_image(
     composer: Any, methods: Sequence[Any], groups: Any

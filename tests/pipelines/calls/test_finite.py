@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from all_transformers import FEW, TRANSFORMERS
+from all_transformers import TRANSFORMERS
 from components import seeded, tiny_pipeline
 from composing import BOXED, compose, composer_of, encoded, run, with_concepts
 from lora_compose.compose.generate.making import make
@@ -27,7 +27,8 @@ GRADIENT = "the gradient at step 0 is not finite"  # where latents are moved by 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        *((method, WEIGHT) for method in ("merge", "tara", "switch", "composite", "regional", "draft", "freefuse")),
+        *((method, WEIGHT) for method in ("merge", "composite", "draft")),
+        *(pytest.param(name, WEIGHT, marks=pytest.mark.slow) for name in ("tara", "switch", "regional", "freefuse")),
         ("clora", GRADIENT), ("lora-composer", GRADIENT),
     ],
 )  # fmt: skip
@@ -48,7 +49,7 @@ def test_latents_and_embeddings_of_nan_are_named(composer):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # Krea 2's norms are in float32
-@pytest.mark.parametrize("family", slow_but(FEW, TRANSFORMERS))
+@pytest.mark.parametrize("family", slow_but(["flux"], TRANSFORMERS))
 def test_what_is_too_large_for_float16_is_an_error_on_transformers(family, tmp_path):
     pipe = pipeline_with_concepts(TRANSFORMERS[family], tmp_path).to(torch.float16)
     pipe.set_progress_bar_config(disable=True)

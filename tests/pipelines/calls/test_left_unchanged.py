@@ -26,7 +26,12 @@ from pairs import in_pairs, slow_but
 
 @pytest.mark.parametrize(
     ("method", "error"),
-    [("merge", StoppedError), ("composite", StoppedError), (UPDATES, KeyboardInterrupt), ("tara", None)],
+    [
+        ("merge", StoppedError),
+        pytest.param("composite", StoppedError, marks=pytest.mark.slow),
+        (UPDATES, KeyboardInterrupt),
+        ("tara", None),
+    ],
 )
 def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write_lora, method, error):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
@@ -46,7 +51,10 @@ def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write
     before.assert_unchanged()
 
 
-PARTS = [("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae")]
+PARTS = [
+    ("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"),
+    pytest.param("sdxl", "vae", marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "part", "method"), in_pairs(PARTS, ["tara", "composite"]))

@@ -67,7 +67,8 @@ def flux_pass(transformer, side):
 
 
 @pytest.mark.parametrize(
-    ("model", "forward"), [(sd_unet, unet_pass), (sdxl_unet, unet_pass), (flux_transformer, flux_pass)]
+    ("model", "forward"),
+    [(sd_unet, unet_pass), pytest.param(sdxl_unet, unet_pass, marks=pytest.mark.slow), (flux_transformer, flux_pass)],
 )
 @torch.no_grad()
 def test_what_is_needed_at_least_is_less_than_what_is_used(model, forward):

@@ -9,6 +9,7 @@ import torch
 from composing import BOXED, compose, latents_of
 from lora_compose.pipelines.methods import Draft, Merge, Regional, Tara, choose_method
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 
 def ordinary(composer: Any, **changes: Any) -> list[Any]:
@@ -100,7 +101,7 @@ def test_a_region_of_one_of_several_concepts_is_used(composer, caplog):
     assert "without a region, dog acts on the whole image, also inside the regions of others" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["merge", "tara", "regional"])
+@pytest.mark.parametrize("method", slow_but(["regional"], ["merge", "tara", "regional"]))
 def test_methods_with_one_text_say_that_own_prompts_are_not_read(composer, caplog, method):
     cat = Concept(name="cat", region=(0, 0, 64, 128), negative_prompt="blurry")
     latents_of(composer, method=method, concepts=[cat, "dog"])

@@ -14,6 +14,7 @@ from lora_compose.attention.install import Installation
 from lora_compose.pipelines.concepts import library
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 PROMPT = "a sks cat and a zwx cat on grass"
 LEFT, RIGHT = (0, 0, 32, 64), (32, 0, 64, 64)
@@ -66,7 +67,7 @@ GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", GIVEN)
+@pytest.mark.parametrize("method", slow_but(("regional", "lora-composer", "draft"), GIVEN))
 def test_subjects_of_one_file_are_gated_as_those_of_two(pipe: Any, duo: Path, ranks: list[int], method: str) -> None:
     left, right = GIVEN[method]
     # Each on its own words too: else both change the text, and two files change it twice.

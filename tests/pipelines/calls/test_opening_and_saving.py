@@ -159,7 +159,7 @@ def test_components_build_the_pipeline_again(plain_pipe: Any, family: str) -> No
     assert torch.equal(one_step(again).images, one_step(composer).images)
 
 
-@pytest.mark.parametrize(("family", "method"), [("sd", UPDATES), ("sdxl", "tara")])
+@pytest.mark.parametrize(("family", "method"), [("sd", UPDATES), pytest.param("sdxl", "tara", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pipelines_made_of_each_other_share_models_and_settings(
     composer: Any, family: str, method: Any, offloaded: bool

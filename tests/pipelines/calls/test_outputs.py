@@ -119,7 +119,12 @@ COMPARED = (
 
 
 @pytest.mark.parametrize(
-    "name", [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name not in COMPARED]
+    "name",
+    [
+        pytest.param(one.name, marks=pytest.mark.slow) if one.name == "KDPM2AncestralDiscreteScheduler" else one.name
+        for one in KarrasDiffusionSchedulers
+        if one.name not in COMPARED
+    ],
 )
 def test_every_other_scheduler_of_diffusers_makes_an_image_of_the_same_shape(composer: Any, name: str) -> None:
     if name == "DPMSolverSDEScheduler":

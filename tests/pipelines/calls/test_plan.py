@@ -63,7 +63,12 @@ def test_a_plan_says_what_the_call_will_do_and_changes_nothing(family, caplog):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("sd", method) for method in METHODS] + [("flux", method) for method in ("regional", "composite", "draft")],
+    [
+        *(("sd", method) for method in METHODS),
+        ("flux", "regional"),
+        ("flux", "draft"),
+        pytest.param("flux", "composite", marks=pytest.mark.slow),
+    ],
 )
 def test_the_predicted_rows_are_those_that_are_run(family, method):
     pipe, given = PIPELINES[family](), arguments(family, method)

@@ -25,8 +25,8 @@ EVERY_METHOD: dict[str, Settings] = {
     "clora that fuses branches": Clora(fuse="branches"),
     "clora that averages branches": Clora(fuse="branches", mask_from=1.0),
 }
-OTHER_NUMBERS = set(PRESETS) - {"clora:official"}
-"""Presets that go the way of their method with other numbers."""
+OTHER_NUMBERS = {*PRESETS, "clora that averages branches"}
+"""What goes the way of others with other numbers."""
 WITH_UPDATES = {"clora": Clora(), "lora-composer": LoraComposer()}
 
 
@@ -92,7 +92,9 @@ def seen_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Gradient]]:
         yield found
 
 
-@pytest.mark.parametrize(("method", "checkpointing"), [("clora", False), ("lora-composer", True)])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [("clora", False), pytest.param("lora-composer", True, marks=pytest.mark.slow)]
+)
 def test_weights_stored_in_8_bits_give_the_gradients_of_the_same_weights_in_full_precision(
     composer, monkeypatch, method, checkpointing
 ):
@@ -141,7 +143,9 @@ class _Emptied(ModelHook):
         return output
 
 
-@pytest.mark.parametrize(("method", "checkpointing"), [("clora", False), ("lora-composer", True)])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [pytest.param("clora", False, marks=pytest.mark.slow), ("lora-composer", True)]
+)
 def test_updates_are_the_same_where_hooks_take_weights_away_after_each_layer(composer, method, checkpointing):
     expected = run(composer, WITH_UPDATES[method])
     for module in composer.unet.modules():

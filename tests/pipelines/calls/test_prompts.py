@@ -25,7 +25,7 @@ from composing import (
 from pairs import in_pairs
 
 
-@pytest.mark.parametrize("method", ["tara", "composite", UPDATES])
+@pytest.mark.parametrize("method", ["tara", pytest.param("composite", marks=pytest.mark.slow), UPDATES])
 def test_prompts_images_and_generators_in_one_call_equal_single_calls(composer, method):
     prompts = [PROMPT, "zwx dog, sks cat, sks"]
     negatives, given = ["dark", "blurry"], {"method": method, "concepts": BOXED}

@@ -17,6 +17,7 @@ from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_their_sum_gives_the_image_of_all_of_them(pipe: Any, files: list[str]) -
     assert float((half - apart).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["ties", "ssr"])
+@pytest.mark.parametrize("method", slow_but(["ties"], ["ties", "ssr"]))
 def test_the_image_is_that_of_the_merged_file(method: str, pipe: Any, files: list[str], tmp_path: Path) -> None:
     before = State(pipe)
     together = latents_of(pipe, Concept(name="both", lora=files, merge=method))

@@ -227,7 +227,10 @@ def scales_of(pipe: Any, *parts: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("limited", "free"), [(Regional(limit=1.0), Regional()), (Draft(limit=1.0), Draft())])
+@pytest.mark.parametrize(
+    ("limited", "free"),
+    [(Regional(limit=1.0), Regional()), pytest.param(Draft(limit=1.0), Draft(), marks=pytest.mark.slow)],
+)
 def test_regions_that_overlap_are_kept_within_a_limit_and_others_are_as_they_were(
     pipe: Any, write_lora: Callable[..., Path], limited: Any, free: Any
 ) -> None:
@@ -258,7 +261,7 @@ def test_a_style_beside_each_subject_is_kept_within_a_limit(pipe: Any, write_lor
     torch.testing.assert_close(latents_of(pipe, *given, method=Regional(limit=1.0)), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["all", "cross_kv"])
+@pytest.mark.parametrize("scope", ["all", pytest.param("cross_kv", marks=pytest.mark.slow)])
 def test_tara_is_limited_in_the_layers_in_which_loras_are_summed(
     pipe: Any, write_lora: Callable[..., Path], scope: Any
 ) -> None:

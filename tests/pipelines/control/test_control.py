@@ -50,6 +50,7 @@ from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.text.conditioning import Conditioning
+from pairs import slow_but
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
@@ -204,7 +205,7 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
 # With every method
 
 
-USUAL = ("regional", "composite", "lora-composer", "clora", "draft")
+USUAL = ("composite", "lora-composer", "clora")
 """One for each kind of pass: by regions, of one LoRA each, on parts of the canvas, with gradients, and of a draft."""
 
 
@@ -239,7 +240,8 @@ def test_scale_0_is_none(composer, method):
 
 
 @pytest.mark.parametrize(("method", "pooled"), [
-    ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each", branch_batch_size=2), True),
+    ("merge", False), pytest.param("clora", False, marks=pytest.mark.slow),
+    (Clora(fuse="branches", uncond="each", branch_batch_size=2), True),
     pytest.param(Clora(fuse="branches", branch_batch_size=1), True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
@@ -256,7 +258,7 @@ def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
     assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
 
 
-@pytest.mark.parametrize("method", ["regional", "lora-composer"])
+@pytest.mark.parametrize("method", slow_but(["regional"], ["regional", "lora-composer"]))
 def test_prompts_with_different_concept_sets_follow_their_own_images(composer, method):
     images, prompts = [image_of(1), image_of(2)], [PROMPT, "a zwx dog"]
     concept_sets = [BOXED, [Concept(name="dog", region=LEFT)]]
@@ -371,7 +373,11 @@ class Probing:
 
 @pytest.mark.parametrize(
     ("family", "model_of", "branch_batch_size"),
-    [("sd", net_of, None), ("sd", adapter_of, 1), ("sdxl", net_of, 1), ("sdxl", adapter_of, None)],
+    [
+        ("sd", net_of, None),
+        ("sd", adapter_of, 1),
+        *(pytest.param("sdxl", *case, marks=pytest.mark.slow) for case in ((net_of, 1), (adapter_of, None))),
+    ],
 )
 def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
     control = Control(model=model_of(composer), image=image_of())
@@ -382,7 +388,7 @@ def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
 
 
 @pytest.mark.parametrize(("method", "rows"), [
-    ("merge", 2 * 2),
+    pytest.param("merge", 2 * 2, marks=pytest.mark.slow),
     ("composite", 2 * 2 * 2),
     (LoraComposer(apart=0.0, reinit="off", most_updates=0.1), 2 * 2 + 1),
     (LoraComposer(apart=1.0, step_size=0), 2 * 2),  # two halves of the canvas
@@ -424,7 +430,7 @@ def test_where_a_region_has_scale_0_an_adapter_adds_nothing(composer):
         assert one[..., :middle].any()
 
 
-@pytest.mark.parametrize("model_of", [net_of, adapter_of])
+@pytest.mark.parametrize("model_of", slow_but([net_of], [net_of, adapter_of]))
 def test_the_same_scale_in_all_regions_is_that_of_the_whole_image(composer, model_of):
     model = model_of(composer)
     given = {"concepts": BOXED, "method": "lora-composer", "num_inference_steps": 1}

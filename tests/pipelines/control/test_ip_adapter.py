@@ -92,10 +92,7 @@ def test_two_adapters_and_given_embeddings_do_what_they_do_in_diffusers():
 
 @pytest.mark.parametrize(
     "method",
-    [
-        method if method in ("tara", "lora-composer", "clora") else pytest.param(method, marks=pytest.mark.slow)
-        for method in METHODS
-    ],
+    [method if method in ("tara", "clora") else pytest.param(method, marks=pytest.mark.slow) for method in METHODS],
 )
 def test_with_scale_0_every_method_does_what_it_does_without_an_adapter(method):
     pipe, _ = pipes("sd")

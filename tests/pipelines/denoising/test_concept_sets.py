@@ -33,6 +33,7 @@ SETS_WITH_REGION = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
 SETS: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
 SETTINGS = (Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"))
 METHODS = ("merge", "tara", *SETTINGS, Switch(interval=1), "composite")
+USUAL = ("tara", "composite")
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,8 @@ def assert_as_one_by_one(
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        *(pytest.param("sd", method, marks=pytest.mark.slow if method in SETTINGS else ()) for method in METHODS),
-        ("sdxl", "merge"),
-        pytest.param("sdxl", "composite", marks=pytest.mark.slow),
+        *(pytest.param("sd", method, marks=() if method in USUAL else pytest.mark.slow) for method in METHODS),
+        *(pytest.param("sdxl", method, marks=pytest.mark.slow) for method in ("merge", "composite")),
     ],
     ids=str,
 )
@@ -121,7 +121,7 @@ def test_the_same_concept_may_have_other_factors_on_blocks_in_every_image(pipe):
     assert_as_one_by_one(pipe, sets, "merge", ["a sks cat and a zwx dog", "a sks cat"])
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_regions_in_one_prompt_leave_one_without_concepts_alone(pipe, first):
     order = slice(None) if first else slice(None, None, -1)
     assert_as_one_by_one(pipe, [SETS_WITH_REGION, []][order], "regional", [PROMPTS[0], PROMPTS[2]][order])
@@ -141,7 +141,7 @@ def test_composite_may_have_shares_where_all_sets_have_as_many_subjects(pipe):
     assert_as_one_by_one(pipe, [["cat", "dog"], ["bear", "cat"]], Composite(shares=[1, 3]), prompts)
 
 
-@pytest.mark.parametrize("method", [Switch(interval=1), "composite"], ids=str)
+@pytest.mark.parametrize("method", [Switch(interval=1), pytest.param("composite", marks=pytest.mark.slow)], ids=str)
 def test_negative_prompts_of_concepts_are_read_in_their_own_sets(pipe, method):
     sets = [[Concept(name="cat", negative_prompt="grass"), "dog"], [Concept(name="bear", negative_prompt="night")], []]
     found = assert_as_one_by_one(pipe, sets, method)
@@ -225,6 +225,8 @@ DIVIDED: dict[str, tuple[str | Settings, Sequence[int]]] = {
     "lora-composer": (LoraComposer(most_updates=0.25), (1, 2, 3)),
     "lora-composer, official": (LoraComposer.official(), (3, 0)),
 }
+SLOW = ("clora", "lora-composer, official")
+"""What branches, and our defaults, show as well."""
 FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
 STEPS = 2
 """So many that updates end before the last one."""
@@ -233,7 +235,7 @@ STEPS = 2
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        *(("sd", case) for case in DIVIDED),
+        *(pytest.param("sd", case, marks=pytest.mark.slow if case in SLOW else ()) for case in DIVIDED),
         *(pytest.param("sdxl", case, marks=pytest.mark.slow) for case in ("clora", "lora-composer")),
     ],
 )

@@ -39,7 +39,7 @@ def with_cat(pipe: Any) -> Any:
     ({"cfg_normalization": True}, 4),
     ({"cfg_truncation": 0.2}, 2),
     ({"cfg_truncation": -1.0}, 0),
-    ({"cfg_truncation": None}, 4),
+    pytest.param({"cfg_truncation": None}, 4, marks=pytest.mark.slow),
     ({"cfg_normalization": 0.7, "cfg_truncation": 0.4}, 3),
 ])  # fmt: skip
 def test_normalisation_and_truncation_of_z_image_are_those_of_diffusers(pipe, with_cat, given, guided_steps):

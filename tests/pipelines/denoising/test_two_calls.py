@@ -15,7 +15,8 @@ from transformer_families import TOKENS
 
 
 @pytest.mark.parametrize(("family", "method"), [
-    ("sd", "regional"), ("sd", "clora"), ("sd", "composite"), ("flux", "regional"),
+    ("sd", "regional"), pytest.param("sd", "clora", marks=pytest.mark.slow), ("sd", "composite"),
+    ("flux", "regional"),
 ])  # fmt: skip
 def test_two_calls_for_guidance_give_what_one_batch_gives(family, method, monkeypatch):
     pipe = PIPELINES[family]()

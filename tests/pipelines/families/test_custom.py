@@ -47,7 +47,7 @@ def latents(pipe: Any, family: str, path: Path) -> torch.Tensor:
     return pipe(prompt=PROMPT, concepts=["cat"], method="merge", **call, **OPTIONS.get(family, {})).images
 
 
-@pytest.mark.parametrize("family", slow_but(("sd", "flux"), MAKERS))
+@pytest.mark.parametrize("family", slow_but(["flux"], MAKERS))
 def test_a_model_of_each_family_opens_through_the_folder_and_composes_the_same(family: str, tmp_path: Path) -> None:
     saved(family, tmp_path / "model")
     ours = ComposePipeline.from_pretrained(tmp_path / "model")
@@ -89,7 +89,10 @@ def test_a_model_whose_components_another_family_has_too_opens_as_its_own(family
     assert type(opened) is type(pipe)
 
 
-@pytest.mark.parametrize(("family", "other"), [("kontext", "FLUX.1 or FLUX.1 Kontext"), ("flux2-dev", "FLUX.2-dev")])
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [("kontext", "FLUX.1 or FLUX.1 Kontext"), pytest.param("flux2-dev", "FLUX.2-dev", marks=pytest.mark.slow)],
+)
 def test_where_nothing_says_which_family_it_is_a_warning_says_how_to(
     family: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

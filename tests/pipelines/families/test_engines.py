@@ -27,7 +27,7 @@ PROMPT = "a sks cat and a zwx dog"
 WORDS = {"cat": "sks", "dog": "zwx"}
 BOXES = {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}
 FITTING = ["draft", "regional", "tara", "merge", "switch", "composite", "freefuse"]
-USUAL = ("draft", "regional")
+USUAL = ("draft",)
 """One that finds regions, and one that is given them; all methods are named in the same way."""
 
 

@@ -50,7 +50,7 @@ def test_concepts_of_weight_zero_change_nothing(pipe):
     )
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_regions_of_one_prompt_leave_another_without_concepts_alone(pipe, swapped):
     prompts, sets = [PROMPT, "a dog on grass"], [BOXES, []]
     if swapped:

@@ -16,6 +16,7 @@ from components import sd_unet, small_pipeline
 from flux import FLUX, flux_pipeline
 from lora_compose import ComposePipeline
 from lora_compose.pipelines.families.quantised import quantised_components, quantising_options
+from pairs import slow_but
 from transformer_families import as_file, assert_equals_dense_deltas, latents_of, random_lora_of_all
 from z_image import Z_IMAGE
 
@@ -104,7 +105,7 @@ def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "written", [pytest.param(of_comfyui, marks=pytest.mark.slow), of_comfyui_since, by_output, without_scales]
+    "written", slow_but([of_comfyui_since, without_scales], [of_comfyui, of_comfyui_since, by_output, without_scales])
 )
 def test_a_file_in_float8_is_opened_as_its_dequantised_weights(
     written: Callable[..., dict[str, Tensor]], flux_folder: Path, tmp_path: Path

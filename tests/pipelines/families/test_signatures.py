@@ -23,6 +23,7 @@ from golden import PROMPT, squares
 from lora_compose import ComposePipeline
 from lora_compose.pipelines.calls.front import READ, front
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
+from pairs import slow_but
 from transformer_families import TOKENS, shared_pipeline
 
 FAMILIES = ("sd", "sdxl", *(name for name in EVERY if name not in (*MODULAR, "qwen-image-edit")))
@@ -212,7 +213,7 @@ def run(family: str, **arguments: Any) -> None:
     pipeline(family)(**given | arguments)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("sd", "sdxl", "flux", "flux2", "qwen-image", "kontext"), FAMILIES))
 def test_a_call_without_concepts_hands_its_arguments_on_by_name(family, monkeypatch):
     plain = plain_class(type(pipeline(family)))
     watch = Watch(monkeypatch, [plain])

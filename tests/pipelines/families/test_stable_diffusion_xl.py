@@ -95,7 +95,7 @@ def pooled(pipe: Any, prompt: str) -> Tensor:
 # Every method
 
 
-@pytest.mark.parametrize("method", EVERY_KIND)
+@pytest.mark.parametrize("method", slow_but(["tara", "lora-composer"], EVERY_KIND))
 def test_every_kind_of_method_makes_the_same_finite_latents_again_and_leaves_nothing(load, method):
     pipe = load(tiny_xl_pipeline(), targets=EVERYTHING, size=0.1)
     before = State(pipe)
@@ -105,7 +105,7 @@ def test_every_kind_of_method_makes_the_same_finite_latents_again_and_leaves_not
     assert first.images.isfinite().all()
 
 
-@pytest.mark.parametrize("method", EVERY_KIND)
+@pytest.mark.parametrize("method", slow_but(["tara", "clora"], EVERY_KIND))
 def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
     prompts, negatives = [PROMPT, OTHER_PROMPT], ["dark", "blurry and grey"]
     together = latents_of(
@@ -278,7 +278,7 @@ def test_words_that_the_second_prompt_lacks_are_refused(composer):
         compose(composer, "tara", prompt_2="a sks cat")
 
 
-@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+@pytest.mark.parametrize("method", slow_but(["clora"], ["clora", "lora-composer"]))
 def test_methods_that_make_texts_of_their_own_refuse_another_second_prompt(composer, method):
     with pytest.raises(ValueError, match=r"makes texts of its own.*leave prompt_2 out, or use a method with one text"):
         compose(composer, method, prompt_2="o sks cat in a zwx dog in snow")
@@ -354,7 +354,7 @@ def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, 
 # Memory
 
 
-@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+@pytest.mark.parametrize("offload", slow_but([offload_models], [offload_models, offload_layers]))
 def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_offloaded(composer, offload):
     composer.vae.half()
     call: dict[str, Any] = {"output_type": "pt", "num_inference_steps": 1}

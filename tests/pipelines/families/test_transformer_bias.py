@@ -147,6 +147,7 @@ def expected(
         return plain_latents(family, pipe, **CALL, **family.guided)
 
 
+@pytest.mark.parametrize("family", slow_but((*FEW, "flux3"), JOINT), indirect=True)
 def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
     method = FreeFuse(length=1, own_bias=2, other_bias=-3, rows="cond_only")
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
@@ -157,7 +158,7 @@ def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, as
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["flux", "qwen-image", "z-image"], JOINT), indirect=True)
 def test_draft_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
     found = latents_of(pipe, concepts=["cat", "dog"], method=Draft(length=1, isolate=1), **family.guided)
     (regions,) = asked
@@ -166,7 +167,9 @@ def test_draft_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
-@pytest.mark.parametrize(("words", "isolate"), [("others", 1), ("phrase", 0), ("image", 1)])
+@pytest.mark.parametrize(
+    ("words", "isolate"), [("others", 1), pytest.param("phrase", 0, marks=pytest.mark.slow), ("image", 1)]
+)
 def test_what_a_lora_changes_of_the_text_and_who_sees_whom_are_closed_each_alone(family, pipe, asked, words, isolate):
     method = Draft(length=1, reading="scene", bias=1.5, token_mask=words, isolate=isolate)
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
@@ -176,7 +179,7 @@ def test_what_a_lora_changes_of_the_text_and_who_sees_whom_are_closed_each_alone
     assert (found - default).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["z-image"], JOINT), indirect=True)
 def test_the_images_of_a_batch_have_masks_of_their_own(family, pipe):
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
     call: dict[str, Any] = {"concepts": ["cat", "dog"], "method": "freefuse", **family.guided}
@@ -186,7 +189,7 @@ def test_the_images_of_a_batch_have_masks_of_their_own(family, pipe):
         torch.testing.assert_close(found[image : image + 1], alone, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["flux"], JOINT), indirect=True)
 def test_maps_are_recorded_with_the_bias(family, pipe):
     maps = {
         bias: latents_and_maps(pipe, family, Draft(length=1, reading="scene", bias=bias))[0, 0] for bias in (0.0, 3.0)

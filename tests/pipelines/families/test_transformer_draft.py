@@ -76,7 +76,7 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
         torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["qwen-image"], JOINT), indirect=True)
 def test_two_of_one_class_read_one_text_unless_one_has_a_prompt_of_its_own(family, pipe):
     def image(method: Draft, **fields: Any) -> Tensor:
         both = [Concept(name="cat", class_word="cat", **fields), Concept(name="dog", class_word="cat")]

@@ -14,6 +14,7 @@ from torch import nn
 from all_transformers import EVERY
 from components import seeded
 from nunchaku_layers import AWQ, fits
+from pairs import slow_but
 from simulated_device import DEVICE, autocast_switched_off, parameters_that_move
 from transformer_families import BOXES, CALL, assert_equals_dense_deltas, latents_of, pipeline_with_concepts
 
@@ -140,7 +141,7 @@ def by_blocks(pipe: Any) -> None:
 
 
 @each("z-image")
-@pytest.mark.parametrize("offload", [pytest.param(by_models, marks=pytest.mark.slow), by_layers, by_blocks])
+@pytest.mark.parametrize("offload", slow_but([by_layers], [by_models, by_layers, by_blocks]))
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
     family = EVERY[name]
     pipe = pipeline_with_concepts(family, tmp_path)

@@ -1,6 +1,8 @@
 """Every transformer family through the same seam: equal to a slow reference, and to diffusers where LoRAs are plain."""
 
 import copy
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,21 +51,22 @@ def pipe(family: Family) -> Any:
     return shared_pipeline(family)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, TRANSFORMERS), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["flux"], TRANSFORMERS), indirect=True)
 def test_the_same_call_is_bit_identical_again_in_a_model_that_no_call_has_touched(family, tmp_path):
     fresh = pipeline_with_concepts(family, tmp_path)
     first, again = (latents_of(fresh, concepts=["cat"], method="merge", **family.unguided) for _ in range(2))
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize(
-    ("method", "guided"),
-    [
-        *(pytest.param(method, True, id=f"{method}-guided") for method in METHODS),
-        pytest.param("regional", False, id="regional-unguided"),
-        *(pytest.param(method, False, id=f"{method}-unguided", marks=pytest.mark.slow) for method in ("merge", "tara")),
-    ],
-)
+def _cases() -> Iterator[Any]:
+    """Every family with guidance; without it, and in the words alone, a few."""
+    for family, method, guided in product(TRANSFORMERS, METHODS, (True, False)):
+        usual = (guided and method != "tara") or (family in FEW and guided != (method == "regional"))
+        name = f"{family}-{method}-{'guided' if guided else 'unguided'}"
+        yield pytest.param(family, method, guided, id=name, marks=() if usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "method", "guided"), [*_cases()], indirect=["family"])
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
@@ -162,7 +165,7 @@ def test_a_lokr_of_any_rank_is_applied_exactly(name, methods, tmp_path):
         assert_equals_dense_deltas(family, pipe, method)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, TRANSFORMERS), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["z-image"], TRANSFORMERS), indirect=True)
 def test_switch_and_composite_take_one_lora_at_a_time(family, pipe):
     alone = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
     for method in (Switch(), Composite()):
@@ -198,6 +201,7 @@ def test_recorded_maps_say_how_much_cells_attend_to_the_words_of_each_concept(fa
     assert output.attention_maps.sum(dim=2).max() < 1
 
 
+@pytest.mark.parametrize("family", slow_but((*FEW, "anima", "flux3"), TRANSFORMERS), indirect=True)
 def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
     prompts, sets = [PROMPT, "a zwx dog"], [["cat", "dog"], ["dog"]]
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))

@@ -28,6 +28,7 @@ from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.formats import recognise, transformer_names
+from pairs import slow_but
 from transformer_families import (
     CALL,
     METHODS,
@@ -141,7 +142,7 @@ def test_a_new_family_is_opened_by_its_model() -> None:
     assert type(ComposePipeline.from_pipe(chroma_pipeline(ChromaPipeline))) is YourPipeline
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(("merge", "regional"), METHODS))
 def test_two_loras_compose_as_dense_deltas_do(pipe: Any, method: str) -> None:
     assert_equals_dense_deltas(YOURS, pipe, method)
 

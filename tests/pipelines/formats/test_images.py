@@ -12,7 +12,7 @@ from torch import Tensor
 from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.pipelines.scene.scene import Concept
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 from recipe.formats import drawn, pictures
 from recipe.lora_files import DIFFUSERS, FORMATS, Format
 
@@ -100,7 +100,9 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OneChan
     return made
 
 
-@pytest.mark.parametrize(("form", "family"), in_pairs(FORMATS, PIPELINES))
+@pytest.mark.parametrize(
+    ("form", "family"), in_pairs(slow_but(("diffusers", "attention processors", "kohya", "LoKr"), FORMATS), PIPELINES)
+)
 def test_the_image_is_the_same_in_every_format(changes: Callable[[str], OneChange], form: str, family: str) -> None:
     change = changes(family)
     expected = change.reference(FORMATS[form].holds)

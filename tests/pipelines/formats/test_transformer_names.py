@@ -17,6 +17,7 @@ from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from pairs import in_pairs
 from qwen_image import qwen_image_transformer
 from z_image import z_image_transformer
 
@@ -68,8 +69,10 @@ def read(tmp_path: Path, tensors: Mapping[str, Tensor], transformer: Any) -> Lor
     return match(read_lora(tmp_path / "it.safetensors"), Parts(transformer)).model
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_", "base_model.model.diffusion_model.", ""])
-@pytest.mark.parametrize("case", FUSED)
+PREFIXES = ("diffusion_model.", "lora_unet_", "base_model.model.diffusion_model.", "")
+
+
+@pytest.mark.parametrize(("case", "prefix"), in_pairs(FUSED, PREFIXES))
 def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Path, case: str, prefix: str) -> None:
     build, original, names = FUSED[case]
     transformer = build()

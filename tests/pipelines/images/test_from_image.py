@@ -182,7 +182,7 @@ def test_each_prompt_may_have_a_mask_without_concepts_as_in_diffusers(family: st
     assert same_bits(run(composer_of(family), **given).images, run(diffusers_pipe(family, True), **given).images)
 
 
-@pytest.mark.parametrize("inner", [4, 9])
+@pytest.mark.parametrize("inner", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_each_prompt_may_have_a_mask_with_concepts_as_in_calls_of_its_own(inner: int) -> None:
     pipe = composer_of("sd")
     if inner == 9:
@@ -276,7 +276,7 @@ def alone(family: str, pipe: Any, name: str = "cat") -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(("family", "inpaints"), [("sd", False), ("sdxl", True)])
+@pytest.mark.parametrize(("family", "inpaints"), [("sd", False), pytest.param("sdxl", True, marks=pytest.mark.slow)])
 def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, inpaints):
     ours = run(composer_of(family), **task(inpaints), concepts=["cat"], method="merge").images
     assert_close(ours, run(alone(family, diffusers_pipe(family, inpaints)), **task(inpaints)).images)

@@ -23,6 +23,7 @@ from lora_compose.pipelines.merging import Changes, MergeLayer, Merger, Moments,
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.merging.changes import Name
 from lora_compose.pipelines.merging.iteris import IterIs, iteris
+from pairs import slow_but
 from reference import dense
 from small_world import STYLE
 
@@ -99,7 +100,7 @@ class Watched:
             model(*inputs, **named)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", slow_but([2], [1, 2]))
 def test_iteris_compares_each_lora_with_the_merged_model_of_the_round_before(rounds: int) -> None:
     pipe = tiny_pipeline()
     changes = changes_of(pipe)

@@ -27,6 +27,7 @@ from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 from watched import Watched, once
 
 PROMPT = "a sks cat and a zwx dog on grass"
@@ -273,7 +274,7 @@ def test_a_style_of_weight_0_is_no_style(composer, load):
 @pytest.mark.parametrize(
     ("settings", "size"),
     [
-        pytest.param(REGIONS, 2, id="regions"),
+        pytest.param(REGIONS, 2, id="regions", marks=pytest.mark.slow),
         pytest.param(BRANCHES, 1, id="branches"),
         pytest.param(OFFICIAL, 2, id="official", marks=pytest.mark.slow),
     ],
@@ -287,7 +288,7 @@ def test_micro_batches_give_the_same_numbers(composer, settings, size):
     assert found.cost.rows_backward == expected.cost.rows_backward
 
 
-@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
+@pytest.mark.parametrize("settings", slow_but([REGIONS], [REGIONS, BRANCHES]), ids=["regions", "branches"])
 def test_images_of_a_batch_are_those_made_alone(composer, settings):
     prompts = [PROMPT, "a zwx dog, a sks cat"]
     together = latents_of(composer, prompts, method=settings, generator=[seeded(1), seeded(2)])
@@ -344,7 +345,7 @@ def test_guidance_may_be_switched_off_on_the_way(composer, settings):
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
+@pytest.mark.parametrize("settings", slow_but([REGIONS], [REGIONS, BRANCHES]), ids=["regions", "branches"])
 def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(composer, load, settings):
     load(composer, "style", None)
     concepts = ["cat", Concept(name="style", role="style"), "dog"]

@@ -30,6 +30,7 @@ from lora_compose.pipelines.scene.division import centres_of, clusters, divided,
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning
+from pairs import slow_but
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BASE, NOUNS = "a cat and a dog on grass", (2, 5)  # positions counted by hand; 0 is the start token
@@ -131,7 +132,8 @@ def plain_maps(pipe: Any, steps: int, of: int, guidance: float) -> Tensor:
 
 @ALL_LEVELS
 @pytest.mark.parametrize(
-    ("length", "drafted"), [(0.3, 2), pytest.param(0.6, 3, marks=pytest.mark.slow), (2, 2), (0.01, 1)]
+    ("length", "drafted"),
+    [(0.3, 2), (2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.6, 3), (0.01, 1)))],
 )
 def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plain_pipe, dividing, length, drafted):
     call(composer, method=Draft(length=length), num_inference_steps=4, guidance_scale=4.0)
@@ -163,7 +165,7 @@ SCHEDULERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+@pytest.mark.parametrize("scheduler", slow_but([None, *SCHEDULERS[:2]], [None, *SCHEDULERS]))
 def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, dividing, tmp_path, scheduler):
     """It is the image of `regional` with the masks found, from the same noise with the same noise of every step."""
     if scheduler is not None:
@@ -536,7 +538,7 @@ def test_given_regions_that_overlap_leave_nothing_over(composer):
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize("division", ["strips", "nearest"])
+@pytest.mark.parametrize("division", slow_but(["strips"], ["strips", "nearest"]))
 def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, division):
     given = {"image": Image.new("RGB", (128, 128), "gray"), "mask_image": (64, 0, 128, 128), "strength": 1.0}
     output = call(composer, method=Draft(division=division), record_attention=True, **given)

@@ -173,7 +173,7 @@ def masks_of_plain_diffusers(pipe: Any, words: Any, temperature: float) -> Tenso
 @pytest.mark.parametrize(
     ("settings", "words", "scheduler"),
     [
-        (FreeFuse(temperature=0.1), NOUNS, EulerAncestralDiscreteScheduler),
+        pytest.param(FreeFuse(temperature=0.1), NOUNS, EulerAncestralDiscreteScheduler, marks=pytest.mark.slow),
         (FreeFuse(temperature=0.1, words="phrase", own_bias=2, other_bias=-3, rows="cond_only"), PHRASES, None),
     ],
 )

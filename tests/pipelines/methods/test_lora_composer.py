@@ -151,7 +151,7 @@ def test_with_everything_off_and_no_background_concept_it_is_the_plain_prompt(co
 
 @pytest.mark.parametrize(
     ("changes", "weight"),
-    [({"inject": "attn2"}, 0.0), ({"reinit": "swap"}, 0.8)],
+    [pytest.param({"inject": "attn2"}, 0.0, marks=pytest.mark.slow), ({"reinit": "swap"}, 0.8)],
     ids=str,
 )
 def test_a_region_of_the_whole_canvas_is_an_ordinary_lora_whatever_the_scene_is(
@@ -184,7 +184,8 @@ OVERLAPPING = ((0, 0, 128, 128), (64, 64, 192, 128))
 
 @pytest.mark.parametrize(("inject", "isolate", "rows", "boxes"), [
     ("attn2", True, "all", APART), ("full", False, "all", APART),
-    ("full", True, "cond_only", OVERLAPPING), ("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128))),
+    ("full", True, "cond_only", OVERLAPPING),
+    pytest.param("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128)), marks=pytest.mark.slow),
 ])  # fmt: skip
 @torch.no_grad()
 def test_injection_and_isolation_equal_their_formula(pipe, plain_pipe, load, inject, isolate, rows, boxes):
@@ -316,7 +317,7 @@ SCENES = {
     ("scene", "method"),
     [
         *(pytest.param(it, LoraComposer(), marks=[pytest.mark.slow] * (it == "nested")) for it in SCENES),
-        ("one cell", LoraComposer.official()),
+        pytest.param("one cell", LoraComposer.official(), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.reinit,
 )

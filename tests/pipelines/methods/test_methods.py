@@ -70,7 +70,7 @@ def plain_pipe(family: str) -> Any:
 
 @pytest.mark.parametrize(("family", "names", "arguments"), [
     ("sd", ["cat"], {"guidance_scale": 1.0, "prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
-    ("sd", ["cat", "dog"], {"negative_prompt": "dark"}),
+    pytest.param("sd", ["cat", "dog"], {"negative_prompt": "dark"}, marks=pytest.mark.slow),
     ("sdxl", ["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "negative_prompt": ["dark", "sks"]}),
 ])  # fmt: skip
 def test_merge_equals_the_adapters_of_diffusers_text_encoder_included(pipe, plain_pipe, write_lora, names, arguments):

@@ -152,7 +152,11 @@ def placed(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int]) -> P
 PLACES = [("apart", False), ("overlapping", True), ("overlapping", False), ("apart", True)]
 
 
-@pytest.mark.parametrize(("family", "boxes", "isolate"), in_pairs(JOINT, PLACES), indirect=["family"])
+@pytest.mark.parametrize(
+    ("family", "boxes", "isolate"),
+    in_pairs(slow_but({*JOINT} - {"chroma", "krea2"}, JOINT), PLACES),
+    indirect=["family"],
+)
 def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate):
     method = Regional(texts="regions", isolate=isolate)
     with observed(pipe.transformer) as calls:
@@ -160,7 +164,7 @@ def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate
     check_pass(family, pipe, calls[0], [inside(box) for box in BOXES[boxes]], isolate=isolate)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["flux", "qwen-image"], JOINT), indirect=True)
 def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(family, pipe):
     method, mine = Regional(texts="regions", isolate=0.5), [inside(box) for box in BOXES["apart"]]
     with observed(pipe.transformer) as calls:
@@ -228,6 +232,7 @@ def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *
         torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family, pipe):
     with observed(pipe.transformer) as calls:
         pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
@@ -292,6 +297,7 @@ def test_regions_that_read_one_text_are_isolated_in_a_part_of_the_steps(family, 
         assert (found - other).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", slow_but((*FEW, "ideogram4"), JOINT), indirect=True)
 def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
     network = pipe.unconditional_transformer if family.two_networks else pipe.transformer
     seen: list[Tensor] = []
@@ -307,7 +313,7 @@ def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
     torch.testing.assert_close(ours, base, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["z-image"], JOINT), indirect=True)
 def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
     prompts = [PROMPT, "a sks cat in the photo of a zwx dog and a cat on the grass"]
     noise = torch.randn(2, 4, 20, 16, generator=seeded(1))

@@ -38,6 +38,8 @@ EVERY_WAY = {
     "lora-composer, off": lambda: LoraComposer(inject="off"),
     "clora, branches": lambda: Clora(fuse="branches", uncond="each", step_size=0.05),
 }
+USUAL = ("merge", "regional", "composite", "lora-composer", "clora, branches", "draft")
+"""Ways that are as different as they can be."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,10 @@ def add_to_weights(pipe: Any, name: str, weight: float) -> None:
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [*(("sd", way) for way in EVERY_WAY), pytest.param("sdxl", "composite", marks=pytest.mark.slow)],
+    [
+        *(pytest.param("sd", way, marks=() if way in USUAL else pytest.mark.slow) for way in EVERY_WAY),
+        pytest.param("sdxl", "composite", marks=pytest.mark.slow),
+    ],
 )
 def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
     """On all cells, tokens, texts and passes, also of losses and masks; without guidance, where methods differ."""
@@ -85,7 +90,13 @@ def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
     assert_close(found, latents_of(pipe, method, SUBJECTS, guidance_scale=1.0), 1e-3)
 
 
-@pytest.mark.parametrize(("family", "method"), [*(("sd", method) for method in METHODS), ("sdxl", "clora")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(pytest.param("sd", method, marks=() if method in USUAL else pytest.mark.slow) for method in METHODS),
+        ("sdxl", "clora"),
+    ],
+)
 def test_a_style_alone_is_merged(load, family, method, caplog):
     pipe = load(family)
     style = INK.model_copy(update={"weight": (0.8, 0.3)})
@@ -208,7 +219,7 @@ def test_composite_averages_the_negative_prompts_of_its_passes(load):
     assert_close(together, torch.stack(alone).mean(dim=0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but((*USUAL, "clora"), METHODS))
 def test_own_prompts_of_a_style_are_mentioned(load, method, caplog):
     pipe = load("sd")
     style = INK.model_copy(update={"negative_prompt": "dark"})

@@ -18,6 +18,7 @@ from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch, make_method
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
 OTHER_PROMPT = "a xlo bear on a sks cat and a zwx dog"
@@ -129,8 +130,8 @@ class ByHand:
 @pytest.mark.parametrize(("concepts", "interval", "active"), [
     ("bear cat dog", 1, "bear cat dog bear"),
     ("cat dog", 2, "cat cat dog dog cat"),
-    ("dog cat", 3, "dog dog"),
-    ("bear", 2, "bear bear bear"),
+    pytest.param("dog cat", 3, "dog dog", marks=pytest.mark.slow),
+    pytest.param("bear", 2, "bear bear bear", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_switch_equals_a_loop_with_one_adapter_at_a_time(pipe, plain_pipe, concepts, interval, active):
     turns = active.split()
@@ -149,7 +150,7 @@ def test_switch_changes_after_five_steps_if_not_told_otherwise():
 
 @pytest.mark.parametrize(("shares", "concepts", "guidance_scale"), [
     (None, ["cat", "dog", "bear"], 7.5),
-    (None, ["cat"], 7.5),
+    pytest.param(None, ["cat"], 7.5, marks=pytest.mark.slow),
     ([1, 3], ["cat", "bear"], 1.0),
     ([0.5, 0, 2.5], ["cat", "dog", "bear"], 7.5),
 ])  # fmt: skip
@@ -201,7 +202,7 @@ PAIR: dict[str, Any] = {"concepts": ["cat", "dog"]}
 OF_ONE_STEP = {"switch": Switch(interval=1), "composite": Composite()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["composite"], METHODS))
 def test_several_prompts_images_and_a_negative_prompt_reach_every_pass(pipe, plain_pipe, method):
     prompts = [PROMPT, OTHER_PROMPT]
     by_hand = ByHand(plain_pipe, ["cat", "dog"], prompts, images=2, negative_prompt="dark")
@@ -213,7 +214,7 @@ def test_several_prompts_images_and_a_negative_prompt_reach_every_pass(pipe, pla
     assert output.cost.rows_forward == 2 * (8 if method == "switch" else 16)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["composite"], METHODS))
 def test_guidance_that_a_callback_switches_off_is_off_for_every_lora(pipe, plain_pipe, method):
     by_hand = ByHand(plain_pipe, ["cat", "dog"], guidance_scale=5.0)
     step_of = outputs_of(method, by_hand)
@@ -248,8 +249,10 @@ def test_each_text_is_projected_once_and_once_more_without_guidance(pipe, method
 
 
 @pytest.mark.parametrize(("method", "concepts", "guidance_scale", "rows"), [
-    ("switch", 1, 7.5, 4), ("switch", 3, 7.5, 4), ("switch", 3, 1.0, 2),
-    ("composite", 1, 7.5, 4), ("composite", 2, 7.5, 8), ("composite", 3, 7.5, 12), ("composite", 3, 1.0, 6),
+    ("switch", 3, 7.5, 4), ("switch", 3, 1.0, 2), ("composite", 3, 7.5, 12), ("composite", 3, 1.0, 6),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("switch", 1, 7.5, 4), ("composite", 1, 7.5, 4), ("composite", 2, 7.5, 8),
+    )),
 ])  # fmt: skip
 def test_rows_are_counted_and_no_pass_has_more_than_two(pipe, method, concepts, guidance_scale, rows):
     seen: list[int] = []
@@ -294,7 +297,7 @@ def test_recorded_maps_are_those_of_the_loras_that_acted(pipe, method):
     assert (alone[0] - alone[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["switch"], METHODS))
 def test_regions_are_ignored_with_one_warning(pipe, method, caplog):
     expected = latents_of(pipe, method=method, num_inference_steps=1, **PAIR)
     placed = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]

@@ -239,7 +239,7 @@ def latents_of(pipe: Any, method: Any, weights: Sequence[Any], **arguments: Any)
 # The families differ in nothing here but the text: methods with a text for all, and one with updates.
 IN_FAMILIES = [
     ("sd", "merge"),
-    ("sd", "switch"),
+    pytest.param("sd", "switch", marks=pytest.mark.slow),
     ("sd", "clora"),
     pytest.param("sdxl", "clora", marks=pytest.mark.slow),
 ]
@@ -305,7 +305,7 @@ def test_merging_by_a_schedule_equals_setting_the_adapters_before_every_step(loa
     assert_close(latents_of(load(family), "merge", given), by_hand(adapters(family), lambda step: expected[step]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(("tara", "composite", "lora-composer", "clora", "draft"), METHODS))
 def test_every_step_of_every_method_has_its_own_weight(load, method):
     pipe = load("sd")
 
@@ -372,7 +372,7 @@ class Probing(Settings):
         return Probe(session, spec, self.seen)
 
 
-@pytest.mark.parametrize("branch_batch_size", [None, 1])
+@pytest.mark.parametrize("branch_batch_size", slow_but([None], [None, 1]))
 def test_losses_gradients_maps_and_predictions_have_the_weight_of_their_step(load, branch_batch_size):
     pipe = load("sd")
 
@@ -407,7 +407,7 @@ def test_keys_and_values_of_the_text_are_made_once_for_every_weight(load, method
     assert len(counted) == times
 
 
-@pytest.mark.parametrize("method", ["lora-composer", "clora"])
+@pytest.mark.parametrize("method", slow_but(["lora-composer"], ["lora-composer", "clora"]))
 def test_keys_and_values_of_earlier_weights_are_not_kept(load, method, monkeypatch):
     """Those of all steps would take more memory than the model; updates and predictions have one each."""
     pipe, alive, kept = load("sd"), WeakSet(), []

@@ -18,6 +18,7 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.textual_inversion import TextualInversions
 from lora_compose.pipelines.text.tokens import locate
+from pairs import slow_but
 
 WIDTH, LAYERS = 24, 4  # of the tiny pipeline
 PROMPT = "a <x1> <x2> and a sks cat"
@@ -145,7 +146,7 @@ def test_a_word_with_the_vectors_of_known_words_is_as_good_as_they(family: str, 
     torch.testing.assert_close(found, latents_of(pipe, "a sks cat dog and a zwx bear", by_letters, "tara"))
 
 
-@pytest.mark.parametrize("method", ["composite", "clora", "lora-composer"])
+@pytest.mark.parametrize("method", slow_but(["composite", "clora"], ["composite", "clora", "lora-composer"]))
 def test_every_kind_of_method_reads_words(pipe: Any, write: Callable[..., Path], method: str) -> None:
     """Layer-wise vectors that are those of known words give the image of these words, whatever the method."""
     ids = {"<x1>": "zwx", "<x2>": "dog"}

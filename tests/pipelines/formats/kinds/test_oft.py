@@ -51,8 +51,8 @@ def saved(folder: Path, settings: Settings) -> tuple[Path, Any]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 8},
-        {"block_share": True},
+        {}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3},
+        pytest.param({"num_cayley_neumann_terms": 8}, marks=pytest.mark.slow), {"block_share": True},
     ],
     ids=["default", "exact", "3 terms", "8 terms", "one block"],
 )  # fmt: skip
