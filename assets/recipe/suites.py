@@ -467,7 +467,7 @@ freefuse
                 _free("three drafts", "drafts: 3"),
                 _free("three drafts, further apart", "drafts: 3, spacing: 0.8"),
                 _free("six drafts, further apart", "drafts: 6, spacing: 0.8"),
-                        _free("strips", "division: strips"),
+                _free("strips", "division: strips"),
                 _free("cells left over", "leftover: 0.15"),
                 _free("more cells left over", "leftover: 0.3"),
                 _free("texts of regions", "reading: regions, apart: 0"),
@@ -523,6 +523,18 @@ freefuse
         f"merge\n{IN_COLUMNS}\n{FREE_DRAFT}\n{PUBLISHED}",
         seeds=(40, 41, 42, 43),
         model="playground-flux",
+    ),
+    *(
+        Suite(
+            f"playground-flux-{steps}-steps",
+            f"The transformer of the playground in {steps} steps: pairs, places and seeds that no setting was chosen by.",
+            _pairs(HELD_BACK, HALVES),
+            f"merge\n{FREE_DRAFT}",
+            seeds=(40, 41, 42, 43),
+            steps=steps,
+            model="playground-flux",
+        )
+        for steps in (8, 4)
     ),
     Suite(
         "playground-flux-parts",
