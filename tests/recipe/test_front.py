@@ -6,6 +6,7 @@ from recipe.front import ROWS, SIDE, Pair, drawn
 
 
 @pytest.mark.usefixtures("small_by_default")
+@pytest.mark.slow
 def test_every_method_has_a_row_with_the_subject_its_lora_alone_and_all_seeds() -> None:
     made = 0
 

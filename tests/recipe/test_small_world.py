@@ -119,6 +119,7 @@ def test_coats_change_tones_but_not_shapes(drawings):
         assert not np.array_equal(found[..., :3], sprite[..., :3])
 
 
+@pytest.mark.slow
 def test_the_vae_samples_its_mean_also_after_training(drawings):
     torch.manual_seed(0)
     vae = new_vae()
@@ -149,6 +150,7 @@ def test_quality_is_measured_against_the_image_itself():
     assert measured(Same(), images).numpy() == pytest.approx([20 * np.log10(100)] * 3, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
     vae = new_vae()
     scale_of(vae, drawings)
@@ -245,6 +247,7 @@ def test_close_ups_become_fewer():
     assert sum(end.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_references_show_their_character_alone_and_beside_others_and_those_that_come_along_are_the_first(
     drawings, tmp_path, monkeypatch
 ):
@@ -291,6 +294,7 @@ def test_the_style_draws_lines_at_borders_and_fades_colours():
     assert (inked_image[:, :10] > 80).all(), "black fades to paper"
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
     artist = Artist({**drawings, "other:noto:x": drawings["noto:cat-face"]}, 0)
     things = artist.things()
