@@ -52,6 +52,8 @@ class JointKernel:
             scale = options.get("scale") or query.shape[-1] ** -0.5
             more_query, more_key = bias.channels(self.site.level, key.shape[1], text, image, scale)
             query, key, options["scale"] = _extended(query, more_query), _extended(key, more_key), scale
+            if "backend" in options:
+                options["backend"] = "native"  # others may take no scale, or at most 128 channels
             # Fast kernels want values as wide as queries.
             value = nn.functional.pad(value, (0, more_key.shape[-1]))
 

@@ -287,15 +287,13 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
         # What a LoRA changes, which words a cell reads, and which cells see each other: one of them as in `merge`.
         _free("LoRAs change all words", "token_mask: none"),
         _free("without the bias", "bias: 0"),
-        _free("more bias", "bias: 2"),
+        _free("the bias in all steps", "bias_steps: 1"),
         _free("regions never isolated", "isolate: 0"),
-        _free("isolated in half of the steps", "isolate: 0.5"),
         _free("isolated in all steps", "isolate: 1"),
         _free("a text for each region", "reading: regions"),
         # Where regions come from.
         _free("three drafts", "drafts: 3"),
         IN_COLUMNS,
-        '{name: "regional, isolated at first", method: regional, settings: {isolate: 0.3}}',
     ]
 )
 """Each part of `draft` on a transformer with text and image in one sequence, changed alone."""
@@ -472,7 +470,7 @@ freefuse
                 _free("more cells left over", "leftover: 0.3"),
                 _free("texts of regions", "reading: regions, apart: 0"),
                 _free("texts of subjects", "reading: subjects, apart: 0"),
-                _free("more bias", "bias: 2"),
+                _free("the bias in all steps", "bias_steps: 1"),
             ]
         ),
         seeds=(10, 11, 12, 13),

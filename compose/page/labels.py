@@ -128,6 +128,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "apart": f"Make each area alone until {_UNTIL}",
         "isolate": f"Areas do not see each other at first {_UNTIL}",
         "bias": "How strongly areas read their own words",
+        "bias_steps": f"Areas read their own words more until {_UNTIL}",
         "norm_apart": f"Contrast of each area apart until {_UNTIL}",
         "keep_regions": "Keep your boxes",
         "token_mask": "Words that a LoRA changes",

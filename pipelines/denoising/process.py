@@ -207,6 +207,28 @@ class ImageByImage:
         return torch.cat(moved), torch.cat(outputs)
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Processes that take turns once: each up to a part of the steps, the last to the end; callbacks see `text`.
+
+    Attributes:
+        phases: Each process, and the part of the steps up to which it runs, in ascending order; the last is 1.
+    """
+
+    phases: Sequence[tuple[float, Process]]
+    text: Conditioning
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Prepares all of them."""
+        for _, process in self.phases:
+            latents = process.prepare(latents, first)
+        return latents
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """A step of the process whose turn it is."""
+        return next(process for until, process in self.phases if step.within(until)).step(latents, step)
+
+
 def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     """A pass in which one subject's LoRA and those of the styles act, everywhere.
 

@@ -33,6 +33,7 @@ from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ImageByImage,
+    InTurn,
     Needs,
     Process,
     Settings,
@@ -69,8 +70,8 @@ ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
 DraftTokenMask = Literal["auto", "tara", "all", "phrase", "others", "image", "none"]
-ISOLATE_JOINT = 0.3
-"""Default of `Draft.isolate` where text and image are one sequence."""
+APART_JOINT = 0.3
+"""Default of `Draft.isolate` and `Draft.bias_steps` where text and image are one sequence."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Draft(Settings):
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects; where text and image are one sequence, in both
             directions.
+        bias_steps: The part of the steps, from the first, with the bias. None is all in cross-attention, and 0.3 where
+            text and image are one sequence.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
         token_mask: As in `Regional`; on UNets with the scene's prompt only. "auto" is "tara", and "others" where text
@@ -125,6 +128,7 @@ class Draft(Settings):
     apart: float = 0.4
     isolate: float | None = None
     bias: float = 1.0
+    bias_steps: float | None = None
     norm_apart: float = NORM_APART
     keep_regions: bool = True
     token_mask: DraftTokenMask = "auto"
@@ -142,8 +146,9 @@ class Draft(Settings):
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
-        if self.isolate is not None and not 0 <= self.isolate <= 1:
-            raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
+        for name in ("isolate", "bias_steps"):
+            if (part := getattr(self, name)) is not None and not 0 <= part <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {part}")
         if not 0 <= self.leftover < 1:
             raise ValueError(f"leftover must be at least 0 and below 1, not {self.leftover}")
         for name in ("apart", "norm_apart"):
@@ -163,7 +168,7 @@ class Draft(Settings):
         """Subjects whose given regions overlap, and each of the others, with all styles."""
         regions = {i: region for i in concepts.subjects if (region := concepts.concepts[i].region) is not None}
         groups = each_subject(concepts, overlapping(regions if self.keep_regions else {}, canvas))
-        if self.limit is not None and canvas.backbone.joint is None:
+        if self.limit is not None and (canvas.backbone.joint is None or not self._texts_by_region(concepts, canvas)):
             groups.append(of_one_text(concepts, canvas))
         return limited(groups, self.limit)
 
@@ -211,7 +216,13 @@ class Draft(Settings):
 
     def isolate_in(self, canvas: Canvas) -> float:
         """The part of the steps in which regions are isolated with a model."""
-        return self.isolate if self.isolate is not None else 1.0 if canvas.backbone.joint is None else ISOLATE_JOINT
+        return self.isolate if self.isolate is not None else 1.0 if canvas.backbone.joint is None else APART_JOINT
+
+    def bias_steps_in(self, canvas: Canvas) -> float:
+        """The part of the steps with a bias, with a model; 0 if there is none."""
+        if not self.bias:
+            return 0.0
+        return self.bias_steps if self.bias_steps is not None else 1.0 if canvas.backbone.joint is None else APART_JOINT
 
     def token_mask_in(self, canvas: Canvas) -> TokenMask:
         """The words that LoRAs change with a model."""
@@ -220,19 +231,19 @@ class Draft(Settings):
         return "tara" if canvas.backbone.joint is None else "others"
 
     def _restart(self, session: Session) -> "Restart":
-        if not self._texts_by_region(session):
+        if not self._texts_by_region(session.concepts, session.canvas):
             return _by_scene(self, session)
         return _by_regions(self, session) if session.canvas.backbone.joint is None else _by_segments(self, session)
 
-    def _texts_by_region(self, session: Session) -> bool:
+    def _texts_by_region(self, concepts: ConceptSet, canvas: Canvas) -> bool:
         if self.reading != "auto":
             return self.reading != "scene"
-        subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
+        subjects = [concepts.concepts[i] for i in concepts.subjects]
         if any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects):
             return True
-        if session.canvas.backbone.joint is not None:
+        if canvas.backbone.joint is not None:
             return False
-        room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
+        room = len(subjects) * _side(canvas) <= max(canvas.latent_grid)
         alike = len({subject.head_noun for subject in subjects}) < len(subjects)
         return alike or (len(subjects) > 2 and room)
 
@@ -260,16 +271,26 @@ class Restart:
 def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
     canvas, texts = session.canvas, shared_text(session)
-    if canvas.backbone.joint is not None and settings.isolate_in(canvas):
-        start = partial(_in_one_sequence, settings, session, one_segment(texts), settings.bias)
-    else:
-        start = partial(_gated_by_region, settings, session, texts)
+    isolated = 0.0 if canvas.backbone.joint is None else settings.isolate_in(canvas)
+    biased = settings.bias_steps_in(canvas)
+
+    def start(masks: Tensor) -> Process:
+        phases = []
+        for until in sorted({isolated, biased, 1.0} - {0.0}):
+            bias = settings.bias if until <= biased else 0.0
+            if until <= isolated:
+                process = _in_one_sequence(settings, session, one_segment(texts), bias, 1.0, masks)
+            else:
+                process = _gated_by_region(settings, session, texts, bias, masks)
+            phases.append((until, process))
+        return phases[0][1] if len(phases) == 1 else InTurn(phases, texts.text)
+
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _gated_by_region(settings: Draft, session: Session, texts: GatedText, masks: Tensor) -> Process:
+def _gated_by_region(settings: Draft, session: Session, texts: GatedText, bias: float, masks: Tensor) -> Process:
     shares, everywhere = _by_level(session, masks), _everywhere(session)
-    spec = _pass(settings, session, texts, shares, settings.bias)
+    spec = _pass(settings, session, texts, shares, bias)
     return with_region_norm(session, spec, shares, everywhere, settings.norm_apart)
 
 
@@ -344,13 +365,15 @@ def _by_segments(settings: Draft, session: Session) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
     background = "scene" if settings.background == "auto" else settings.background
     texts = segment_texts(session, session.concepts.subjects, background, alone=settings.reading == "subjects")
-    start = partial(_in_one_sequence, settings, session, texts, 0.0)
+    start = partial(_in_one_sequence, settings, session, texts, 0.0, settings.isolate_in(session.canvas))
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)
 
 
-def _in_one_sequence(settings: Draft, session: Session, texts: SegmentedTexts, bias: float, masks: Tensor) -> Process:
+def _in_one_sequence(
+    settings: Draft, session: Session, texts: SegmentedTexts, bias: float, isolate: float, masks: Tensor
+) -> Process:
     """A pass for each image of a transformer, in which who attends to whom depends on the regions."""
-    joint, isolate = session.canvas.backbone.joint, settings.isolate_in(session.canvas)
+    joint = session.canvas.backbone.joint
     assert joint is not None, "asked before"
     by_level, processes = _by_level(session, masks), []
     for image, image_masks in enumerate(masks):

@@ -16,9 +16,9 @@ from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedText
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 TokenMask = Literal["tara", "all", "phrase", "others", "image", "none"]
-"""The tokens that LoRAs change: of those trained with TARA their own trigger ("tara"), of all their own trigger ("all")
-or their own trigger and class word ("phrase"), all but the words of other subjects ("others"), no token at all
-("image"), or every token ("none")."""
+"""The tokens that LoRAs change: of those trained with TARA their own trigger, and of others every token ("tara") or all
+but the words of other subjects ("others"); of all their own trigger ("all"), or their own trigger and class word
+("phrase"), no token at all ("image"), or every token ("none")."""
 
 
 def gated_pass(
@@ -109,13 +109,14 @@ def _changed_tokens(session: Session, text: Conditioning, token_mask: TokenMask)
     phrase, all_tokens = text.phrase_mask, torch.ones_like(text.phrase_mask)
     if token_mask == "image":
         return torch.where(subjects, 0.0, all_tokens)
+    open_tokens = all_tokens
     if token_mask == "others":
         others = (phrase * subjects).sum(dim=-1, keepdim=True) - phrase
-        return torch.where(subjects, 1 - others.clamp(max=1), all_tokens)
+        open_tokens = torch.where(subjects, 1 - others.clamp(max=1), all_tokens)
     mask = phrase if token_mask == "phrase" else text.trigger_mask
     keeps = [
-        token_mask in ("all", "phrase") or (token_mask == "tara" and each.trained_with == "tara") for each in loaded
+        token_mask in ("all", "phrase") or (token_mask != "none" and each.trained_with == "tara") for each in loaded
     ]
     by_image = mask[text.roles.conditional].unflatten(0, (-1, text.images)).sum(dim=(0, 2)) > 0
     named = by_image.repeat(text.rows // text.images, 1)[:, None]
-    return torch.where(named & subjects & torch.tensor(keeps, device=device), mask, all_tokens)
+    return torch.where(named & subjects & torch.tensor(keeps, device=device), mask, open_tokens)

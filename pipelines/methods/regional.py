@@ -63,9 +63,9 @@ class Regional(Settings):
             LoRAs usually do.
         token_mask: The text that LoRAs change, on UNets its keys and values: "tara", those whose files say that they
             were trained with TARA their own trigger, and others every token (they keep a part of their subject in other
-            words); "all", their own trigger; "phrase", their own trigger and class word; "others", all but the words of
-            other subjects; "image", no token; or "none", every token. A style, or a concept without a trigger, changes
-            all tokens.
+            words); "others", the same, but others all except the words of other subjects; "all", their own trigger;
+            "phrase", their own trigger and class word; "image", no token; or "none", every token. A style, or a concept
+            without a trigger, changes all tokens.
         texts: "regions", each region has its own text, about its subject in the scene; "subjects", about its subject
             alone, so that the whole image's text alone tells the scene; "shared", all read the prompt; "auto", regions
             on transformers, if a text can be made for each concept with a region, otherwise shared.

@@ -300,6 +300,19 @@ def test_concepts_with_one_file_keep_one_lora_within_a_limit(pipe: Any) -> None:
         assert first.handle(first.factors.part) == second.handle(second.factors.part)
 
 
+def test_draft_is_limited_in_the_text_that_all_regions_of_a_transformer_read(write_lora: Callable[..., Path]) -> None:
+    pipe = flux_pipeline()
+    lora = random_lora(pipe.transformer, 1)
+    for name, trigger in (("cat", "sks"), ("dog", "zwx")):
+        pipe.load_concept(write_lora(name, transformer=lora), name, trigger=trigger, class_word=name)
+    asked: dict[str, Any] = {"concepts": ["cat", "dog"], "width": 32, "height": 32}
+    plan = pipe.plan("a sks cat and a zwx dog", **asked, method=Draft(limit=1.0))
+    sites = plan.resolved.canvas.backbone.sites
+    limits = plan.resolved.concepts.loaded[0].limits
+    assert limits == pytest.approx({name: 0.5 for name in lora if sites[name].parts == ("text",)})
+    assert "transformer_blocks.0.attn.add_k_proj" in limits
+
+
 @pytest.mark.parametrize("method", [Merge, Regional, Draft, Tara])
 def test_a_limit_is_positive(method: Any) -> None:
     with pytest.raises(ValueError, match="limit must be positive"):

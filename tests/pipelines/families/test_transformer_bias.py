@@ -160,7 +160,7 @@ def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, as
 
 @pytest.mark.parametrize("family", slow_but(["flux", "qwen-image", "z-image"], JOINT), indirect=True)
 def test_draft_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
-    found = latents_of(pipe, concepts=["cat", "dog"], method=Draft(length=1, isolate=1), **family.guided)
+    found = latents_of(pipe, concepts=["cat", "dog"], method=Draft(length=1, isolate=1, bias_steps=1), **family.guided)
     (regions,) = asked
     wanted = expected(family, pipe, regions, 1, -1, words="others", isolate=True)
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
@@ -171,7 +171,7 @@ def test_draft_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked
     ("words", "isolate"), [("others", 1), pytest.param("phrase", 0, marks=pytest.mark.slow), ("image", 1)]
 )
 def test_what_a_lora_changes_of_the_text_and_who_sees_whom_are_closed_each_alone(family, pipe, asked, words, isolate):
-    method = Draft(length=1, reading="scene", bias=1.5, token_mask=words, isolate=isolate)
+    method = Draft(length=1, reading="scene", bias=1.5, bias_steps=1, token_mask=words, isolate=isolate)
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
     wanted = expected(family, pipe, asked[0], 1.5, -1.5, words=words, isolate=bool(isolate))
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
@@ -195,6 +195,46 @@ def test_maps_are_recorded_with_the_bias(family, pipe):
         bias: latents_and_maps(pipe, family, Draft(length=1, reading="scene", bias=bias))[0, 0] for bias in (0.0, 3.0)
     }
     assert (maps[3.0] - maps[0.0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_regions_are_apart_and_drawn_to_their_words_at_first_only(family, pipe):
+    """As a call that is so in all steps up to there, and as one that never is from there."""
+
+    def latents(method: Draft, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        after: list[Tensor] = []
+
+        def seen(_pipe: Any, index: int, _t: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+            after.append(given["latents"])
+            return {"latents": start} if start is not None and index == 0 else {}
+
+        call: dict[str, Any] = {**CALL, **family.unguided, "num_inference_steps": 3, "generator": seeded(3)}
+        pipe(**call, concepts=["cat", "dog"], method=method, num_images_per_prompt=2, callback_on_step_end=seen)
+        return after[0], after[-1]
+
+    method = Draft(length=1)
+    first, last = latents(method)
+    assert torch.equal(first, latents(replace(method, isolate=1, bias_steps=1))[0])
+    assert torch.equal(last, latents(replace(method, isolate=0, bias=0), first)[1])
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_a_kernel_for_narrow_heads_does_not_get_the_channels_of_the_bias(family, pipe, monkeypatch):
+    module: Any = sys.modules[type(pipe.transformer.transformer_blocks[0].attn.processor).__module__]
+    dispatch, widths = module.dispatch_attention_fn, dict[str, set[int]]()
+
+    def seen(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        widths.setdefault(getattr(options["backend"], "value", options["backend"]), set()).add(query.shape[-1])
+        return dispatch(query, *arguments, **options)
+
+    monkeypatch.setattr(module, "dispatch_attention_fn", seen)
+    pipe.transformer.set_attention_backend("_native_math")
+    try:
+        pipe(**CALL, **family.unguided, concepts=["cat", "dog"], method=Draft(length=1))
+    finally:
+        pipe.transformer.reset_attention_backend()
+    narrow = pipe.transformer.config.attention_head_dim
+    assert widths == {"_native_math": {narrow}, "native": {narrow + 8}}
 
 
 def latents_and_maps(pipe: Any, family: Family, method: Any) -> Tensor:
