@@ -470,7 +470,7 @@ freefuse
                 _free("more cells left over", "leftover: 0.3"),
                 _free("texts of regions", "reading: regions, apart: 0"),
                 _free("texts of subjects", "reading: subjects, apart: 0"),
-                _free("the bias in all steps", "bias_steps: 1"),
+                _free("more bias", "bias: 2"),
             ]
         ),
         seeds=(10, 11, 12, 13),
