@@ -18,6 +18,7 @@ from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.methods import Draft, Merge, Regional, Tara
 from lora_compose.pipelines.scene.scene import Concept
+from transformer_families import random_lora_of_all
 
 PROMPT = "a cat, a dog, a kitten, a tom and a zwx"
 
@@ -302,14 +303,14 @@ def test_concepts_with_one_file_keep_one_lora_within_a_limit(pipe: Any) -> None:
 
 def test_draft_is_limited_in_the_text_that_all_regions_of_a_transformer_read(write_lora: Callable[..., Path]) -> None:
     pipe = flux_pipeline()
-    lora = random_lora(pipe.transformer, 1)
+    lora = random_lora_of_all(pipe.transformer, 1)
     for name, trigger in (("cat", "sks"), ("dog", "zwx")):
         pipe.load_concept(write_lora(name, transformer=lora), name, trigger=trigger, class_word=name)
     asked: dict[str, Any] = {"concepts": ["cat", "dog"], "width": 32, "height": 32}
     plan = pipe.plan("a sks cat and a zwx dog", **asked, method=Draft(limit=1.0))
     sites = plan.resolved.canvas.backbone.sites
     limits = plan.resolved.concepts.loaded[0].limits
-    assert limits == pytest.approx({name: 0.5 for name in lora if sites[name].parts == ("text",)})
+    assert limits == pytest.approx({name: 0.5 for name in lora if {*sites[name].parts} == {"text"}})
     assert "transformer_blocks.0.attn.add_k_proj" in limits
 
 
