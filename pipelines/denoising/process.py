@@ -46,7 +46,7 @@ class Needs:
     """What a method needs of the model and the call, so that calls that lack it are refused before anything changes.
 
     Attributes:
-        region_attention: Cross-attention that reads a text for each region, or gets a bias: that of UNets and Anima.
+        region_attention: Cross-attention that reads a text for each region: that of UNets and Anima.
         gradients: Gradients of the latents, which `torch.inference_mode` has not.
         start_noise: Latents that are noise at the start, since the method moves patches of it.
     """

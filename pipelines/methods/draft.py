@@ -239,10 +239,12 @@ class Draft(Settings):
         if self.reading != "auto":
             return self.reading != "scene"
         subjects = [concepts.concepts[i] for i in concepts.subjects]
-        if any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects):
+        if any(concept.prompt is not None for concept in subjects):
             return True
         if canvas.backbone.joint is not None:
             return False
+        if any(concept.negative_prompt is not None for concept in subjects):
+            return True
         room = len(subjects) * _side(canvas) <= max(canvas.latent_grid)
         alike = len({subject.head_noun for subject in subjects}) < len(subjects)
         return alike or (len(subjects) > 2 and room)

@@ -20,7 +20,7 @@ from lora_compose.pipelines.text.tokens import (
 )
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
-"""ConceptWords before a list of concepts that have no meaning without it: "a photo of a"."""
+"""Words before a list of concepts that have no meaning without it: "a photo of a"."""
 
 
 _ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
