@@ -173,6 +173,8 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     options, own = {**options, "steps": 9}, options.get("own_texts", False)
     plan = drafting(core, patcher, tmp_path, own_texts=own)
     options.pop("own_texts", None)
+    if own and core.is_joint(patcher):  # on others, texts of regions are for one image
+        options["batch"] = 2
     negative = core.text(2, options.pop("negative", core.TOKENS))
     assert plan.draft is not None
     maps = core.maps_of_draft(patcher, plan.draft.conditioning, negative, plan.draft.words, last=2, **options)
