@@ -24,9 +24,10 @@ class Kernel(Protocol):
         ...
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's scaled dot product attention, as in diffusers' AttnProcessor2_0."""
-    return F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.to(query.dtype))
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """PyTorch's scaled dot product attention, as in diffusers' AttnProcessor2_0; with a scale of its own, if given."""
+    bias = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -369,6 +370,11 @@ class Reference:
         self.lengths = [text.shape[1] for text in texts]
         if texts:
             self.words = plan.words.repeat_interleave(torch.tensor(self.lengths), dim=0)
+        elif self.joint and plan.phrases is not None:  # all but the words of others
+            words = torch.ones_like(plan.phrases)
+            for i, j in permutations(plan.owners, 2):
+                words[plan.phrases[:, j] > 0, i] = 0
+            self.words = F.pad(words, (0, 0, self.front, 0), value=1)
         else:  # zeros have no words
             self.words = plan.words if len(plan.words) == 1 else F.pad(plan.words, (0, 0, self.front, 0))
 
@@ -427,23 +433,46 @@ class Reference:
         """Scores of our conditioning with what is forbidden, or more or less likely."""
         assert mask is None
         at = 2 if options.get("skip_reshape") else 1
-        if self.joint and self.lengths:
+        if self.joint and (self.lengths or (self.plan.phrases is not None and self.isolated)):
             if k.shape[at] == getattr(self.model, "txtlayers", None):  # Krea 2, for each token apart
                 return core(q, k, v, heads, **options)
             seen = self.allowed(k.shape[at])
             mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-        elif self.lengths and self.plan.isolate and k.shape[at] == q.shape[at]:
-            mask = torch.zeros(k.shape[at], k.shape[at])
-            mask = mask.masked_fill(~self.seen(self.grid_of(k.shape[at])), -torch.inf)
+            bias, start = self.bias(self.patches), self.filled(self.tokens)
+            if self.isolated and self.plan.phrases is not None and k.shape[at] == start + self.filled(bias.shape[1]):
+                bias = F.pad(bias, (0, 0, start, k.shape[at] - start - bias.shape[1]))
+                bias = F.pad(bias, (0, k.shape[at] - self.tokens))
+                mask = mask + bias + bias.transpose(1, 2)
+            mask = mask.expand(len(q), -1, -1)
+        elif self.lengths and self.isolated and k.shape[at] == q.shape[at]:
+            seen = self.seen(self.grid_of(k.shape[at]))
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).expand(len(q), -1, -1)
         elif self.plan.phrases is not None and not self.joint and k.shape[at] == self.tokens:
-            mask = torch.zeros(len(q), q.shape[at], k.shape[at])
-            grid = self.grid_of(q.shape[at])
-            for i in range(len(self.plan.loras)):
-                for j in range(len(self.plan.loras)):
-                    drawn = self.plan.phrases[:, j] * (1 if i == j else -1)
-                    drawn = F.pad(drawn, (0, self.tokens - len(drawn)))
-                    mask += self.share(i, grid).flatten(1)[..., None] * drawn * float(self.plan.phrases[:, i].any())
+            mask = self.bias(self.grid_of(q.shape[at])).expand(len(q), -1, -1)
         return core(q, k, v, heads, mask, **options)
+
+    def bias(self, grid: tuple[int, int]) -> Tensor:
+        """Between cells and words. Shape: [images, cells, tokens]."""
+        if self.plan.phrases is None:
+            return torch.zeros(1, grid[0] * grid[1], self.tokens)
+        phrases = F.pad(self.plan.phrases, (0, 0, self.front, self.tokens - self.front - len(self.plan.phrases)))
+        bias = torch.zeros(())
+        for i in range(len(self.plan.loras)):
+            for j in range(len(self.plan.loras)):
+                drawn = phrases[:, j] * (1 if i == j else -1) * float(phrases[:, i].any())
+                bias = bias + self.share(i, grid).flatten(1)[..., None] * drawn
+        return bias
+
+    @property
+    def isolated(self) -> bool:
+        """Whether a region sees no other one in this step."""
+        return len(self.levels_of_noise) <= math.ceil(self.plan.isolate * self.steps)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Height and width of the cells of a joint sequence."""
+        height, width = (-(-side // getattr(self.model, "patch_size", 2)) for side in self.grid)
+        return height, width
 
     def normalised(self, norm: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """By region in the first 0.4 of the steps."""
@@ -522,31 +551,32 @@ class Reference:
         return mean / mean.max().clamp(min=1e-9)
 
     def shares(self, grid: Sequence[int]) -> Tensor:
-        """Share of each text in what a cell reads. Shape: [cells, texts]."""
-        inside = torch.stack([self.share(n, grid)[0].flatten() >= 0.5 for n in self.plan.owners], dim=1)
-        every = torch.cat([~inside.any(dim=1, keepdim=True), inside], dim=1).float()
-        return every / every.sum(dim=1, keepdim=True)
+        """Share of each text in what a cell reads. Shape: [images, cells, texts]."""
+        inside = torch.stack([self.share(n, grid).flatten(1) >= 0.5 for n in self.plan.owners], dim=2)
+        every = torch.cat([~inside.any(dim=2, keepdim=True), inside], dim=2).float()
+        return every / every.sum(dim=2, keepdim=True)
 
     def seen(self, grid: Sequence[int]) -> Tensor:
-        """Self-attention mask between cells: True where a cell attends to another."""
+        """True where a cell attends to another. Shape: [images, cells, cells]."""
         shares = (self.shares(grid) > 0).float()
-        return (shares @ shares.t() > 0) | (shares[:, :1] > 0) | (shares[:, 0] > 0)
+        return (shares @ shares.mT > 0) | (shares[..., :1] > 0) | (shares[:, None, :, 0] > 0)
 
     def allowed(self, positions: int) -> Tensor:
-        """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0."""
-        halved, lengths = getattr(self.model, "patch_size", 2), self.lengths
-        grid = tuple(-(-side // halved) for side in self.grid)
+        """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0.
+
+        Shape: [images, positions, positions].
+        """
+        lengths = self.lengths or [self.tokens]
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         of_token = F.pad(of_token, (0, self.filled(len(of_token)) - len(of_token)))
-        reads = self.shares(grid) > 0
-        both = self.seen(grid) if self.plan.isolate else torch.ones(len(reads), len(reads), dtype=torch.bool)
-        rest = self.filled(len(reads)) - len(reads)
+        reads, both = self.shares(self.patches) > 0, self.seen(self.patches) | torch.tensor(not self.isolated)
+        rest = self.filled(reads.shape[1]) - reads.shape[1]
         reads, both = F.pad(reads, (0, 0, 0, rest)), F.pad(both, (0, rest, 0, rest), value=True)
-        reads[:, 0] = True
-        cells, texts = reads[:, of_token], of_token[:, None] == of_token
-        if positions in (len(texts), len(cells)):
-            return texts if positions == len(texts) else both
-        return torch.cat([torch.cat([texts, cells.t()], 1), torch.cat([cells, both], 1)])
+        reads[..., 0] = True
+        cells, texts = reads[..., of_token], (of_token[:, None] == of_token).expand(len(reads), -1, -1)
+        if positions in (texts.shape[1], cells.shape[1]):
+            return texts if positions == texts.shape[1] else both
+        return torch.cat([torch.cat([texts, cells.mT], dim=2), torch.cat([cells, both], dim=2)], dim=1)
 
     def count_by_text(self) -> list[Any]:
         """Qwen-Image: each text begins where the first one does."""
@@ -581,7 +611,7 @@ class Reference:
                 total, shares = torch.zeros(()), self.shares(self.grid_of(x.shape[1]))
                 for n, part in enumerate(context.split(self.lengths, dim=1)):
                     self.reading = -1 if n == 0 else self.plan.owners[n - 1]
-                    total = total + shares[:, n, None] * read(x, part, *further, **options)
+                    total = total + shares[..., n, None] * read(x, part, *further, **options)
                 self.reading = None
                 return total
 

@@ -16,10 +16,12 @@ from lora_compose.attention import (
     NormRegions,
     Partition,
     RegionAttention,
+    Site,
     TextBias,
     grid_at,
 )
 from lora_compose.attention.device import row_index
+from lora_compose.attention.joint_regions import Attend, SiteParts
 from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
 from lora_compose.compose.comfyui.families import Family
@@ -95,10 +97,11 @@ class ComposedConcepts:
         tokens: Tokens of the conditioning, which must not be joined to another one; None if it may be.
         texts: ComfyUI's conditionings of the text of the image and of those of regions; empty if all read one text.
         whole: The conditioning, if it must not be changed, since these texts are read in its place.
-        owners: Index of the concept that each regional prompt describes.
-        isolate: Whether cells of a region see no other region; with texts of regions.
-        phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
-            [tokens, concepts].
+        owners: Index of the concept of each region; with texts of regions, in their order.
+        isolate: The part of the steps, from the first, in which cells of a region see no other region; 0 on UNets and
+            Anima without texts of regions.
+        phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region; where text
+            and image are one sequence, other concepts with a region leave them as they are. Shape: [tokens, concepts].
         draft: Finds regions.
         mark: Stands for this composition in conditionings.
     """
@@ -113,7 +116,7 @@ class ComposedConcepts:
     texts: Sequence[Conditioning] = ()
     whole: Conditioning | None = None
     owners: Sequence[int] = ()
-    isolate: bool = False
+    isolate: float = 0.0
     phrases: Tensor | None = None
     draft: DraftSteps | None = None
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
@@ -126,7 +129,28 @@ class ComposedConcepts:
         """As it is while a draft is made: concepts that are no subjects act everywhere, and all read its text."""
         off, words = WeightSchedule.of(0.0), torch.ones(1, len(self.loras))
         weights = [off if i in draft.subjects else weight for i, weight in enumerate(self.weights)]
-        return replace(self, weights=weights, words=words, texts=[draft.conditioning], phrases=None)
+        return replace(self, weights=weights, words=words, texts=[draft.conditioning], isolate=0.0, phrases=None)
+
+
+@dataclass(frozen=True, eq=False)
+class JointRegionsByImage(JointRegions):
+    """Region attention where images have regions of their own; rows are of the images in turn.
+
+    Attributes:
+        images: That of the rows of each image.
+    """
+
+    images: Sequence[JointRegions] = ()
+
+    def attend(
+        self, attend: Attend, parts: SiteParts, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """As `JointRegions.attend`; a mask is for all rows."""
+        out = torch.empty_like(query)
+        for image, regions in enumerate(self.images):
+            rows = slice(image, None, len(self.images))
+            out[rows] = regions.attend(attend, parts, query[rows], key[rows], value[rows], mask)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +194,7 @@ class Acting:
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
         weights: The concepts' weights in the step (`ComposedConcepts.weights_at`).
+        isolated: Whether cells of a region see no other region in the step.
     """
 
     passes: Passes
@@ -177,6 +202,7 @@ class Acting:
     grid: Grid
     tokens: int
     weights: tuple[float, ...]
+    isolated: bool = False
 
     @property
     def gates(self) -> Gates:
@@ -199,14 +225,12 @@ class Acting:
         ).times(torch.tensor(self.weights))
 
     def regions(self, device: torch.device) -> tuple[RegionAttention | None, JointRegions | None]:
-        """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
-        if not self._several:
+        """Region attention, where text is apart or in one sequence with the image; None if all see the same."""
+        isolate, family, lengths = self.isolated, self.passes.family, self.passes.lengths
+        if not (lengths or isolate) or not self.ours.any():
             return None, None
-        isolate, family, lengths = self.passes.composition.isolate, self.passes.family, self.passes.lengths
         if (joint := family.joint) is not None:
-            inside, others = self._inside(joint.level), (~self.ours).tolist()
-            regions = JointRegions.of(joint, inside, lengths, others, isolate=isolate, device=device)
-            return None, replace(regions, base=None)  # the text of others is their own
+            return None, self._joint_regions(joint, device)
         levels = {site.level for site in family.attention.values()}
         partitions = {level: Partition.of(self._inside(level), device) for level in levels}
         others, mine = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (~self.ours, self.ours))
@@ -215,11 +239,14 @@ class Acting:
 
     @property
     def bias(self) -> TextBias | None:
-        """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others."""
+        """What is added to scores between image and text: 1 for a region and its words, -1 for those of others.
+
+        Where these are one sequence, in the steps in which regions are isolated.
+        """
         phrases, family, shares = self.passes.composition.phrases, self.passes.family, self._shares
-        if phrases is None or not self.ours.any():
+        if phrases is None or not self.ours.any() or (family.joint is not None and not self.isolated):
             return None
-        levels = {site.level for site in family.attention.values() if site.reads_text}
+        levels = {site.level for site in family.attention.values() if site.reads_text or site.joint}
         cells = {level: shares[level].expand(len(self.ours), -1, -1) * phrases.any(dim=0) for level in levels}
         tokens = self.ours.float()[:, None, None] * over(phrases, self.tokens, family)
         return TextBias.between(cells, tokens, 1, -1)
@@ -231,6 +258,23 @@ class Acting:
         here = [i for i, (weight, everywhere) in enumerate(weights) if not everywhere and weight.constant != 0]
         return NormRegions.by_level(self.passes.shares, self.grid, here) if here else None
 
+    def _joint_regions(self, joint: Site, device: torch.device) -> JointRegions:
+        """Texts of regions, or one that all regions read; of each image where these have regions of their own."""
+        lengths, others = self.passes.lengths or [self.tokens], (~self.ours).tolist()
+        images = len(self.passes.shares[joint.level])
+
+        def of(image: int) -> JointRegions:
+            inside, rows = self._inside(joint.level, image), others[image::images]
+            regions = JointRegions.of(joint, inside, lengths, rows, isolate=self.isolated, device=device)
+            return replace(regions, base=None)  # the text of others is their own
+
+        first, *more = map(of, range(images))
+        if not more:
+            return first
+        return JointRegionsByImage(
+            first.groups, tuple(others), positions=first.positions, reach=first.reach, images=(first, *more)
+        )
+
     @property
     def _several(self) -> bool:
         """Whether rows of the pass read several texts."""
@@ -239,16 +283,24 @@ class Acting:
     @property
     def _words(self) -> Tensor:
         """Where concepts act in the text. Shape: [tokens or 1, concepts]."""
-        words, lengths = self.passes.composition.words, self.passes.lengths
-        if len(words) == 1 or not self.ours.any():  # a text of others has any length
+        composition, lengths = self.passes.composition, self.passes.lengths
+        words, phrases = composition.words, composition.phrases
+        if not self.ours.any():  # a text of others has any length
             return words[:1]
+        if phrases is not None and self.passes.family.joint is not None:
+            phrases, subjects = over(phrases, self.tokens, self.passes.family), [*composition.owners]
+            others, words = phrases.sum(dim=1, keepdim=True) - phrases, words.repeat(self.tokens, 1)
+            words[:, subjects] *= 1 - others[:, subjects].clamp(max=1)
+            return words
+        if len(words) == 1:
+            return words
         if lengths:
             words = words.repeat_interleave(torch.tensor(lengths), dim=0)
         return over(words, self.tokens, self.passes.family)
 
-    def _inside(self, level: int) -> Tensor:
-        """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        return cells_of(self.passes.shares[level][0][:, [*self.passes.composition.owners]], HALF)
+    def _inside(self, level: int, image: int = 0) -> Tensor:
+        """True where a cell is in a region. Shape: [cells, regions]."""
+        return cells_of(self.passes.shares[level][image][:, [*self.passes.composition.owners]], HALF)
 
     @property
     def _shares(self) -> Mapping[int, Tensor]:

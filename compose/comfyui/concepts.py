@@ -18,6 +18,7 @@ from lora_compose.compose.comfyui.composition import UNIT, ComposedConcepts, Con
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.compose.comfyui.weights import read_weights, written
 from lora_compose.pipelines.formats.files import trained_with
+from lora_compose.pipelines.scene.division import APART_JOINT
 from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
@@ -333,13 +334,13 @@ class ComposeRequest:
         for subject in searched.values():
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
-        classes = {subject.head_noun for subject in subjects.values()}
-        composition, conditioning = self._in_regions(composition, [*subjects], auto=len(classes) < len(subjects))
-        if composition.texts:
-            composition = replace(composition, isolate=not self.joint)  # it tears the images of transformers apart
-        else:
+        alike = len({subject.head_noun for subject in subjects.values()}) < len(subjects)
+        composition, conditioning = self._in_regions(composition, [*subjects], auto=alike and not self.joint)
+        isolate = APART_JOINT if self.joint else float(bool(composition.texts))
+        composition = replace(composition, owners=[*subjects], isolate=isolate)
+        if not composition.texts:
             tokens = tokens_of(*conditioning[0])
-            composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
+            composition = replace(composition, tokens=tokens, phrases=self._phrases(tokens))
         if not searched:
             return composition, conditioning
         bare = without_triggers(self._read, [*subjects.values()])
@@ -347,7 +348,8 @@ class ComposeRequest:
         of_draft = self._once(plain, self._others([*subjects]))
         nouns = {i: {subject.class_word or "": self._own(subject, bare)} for i, subject in searched.items()}
         words = self._at(plain, nouns, tokens_of(*of_draft[0]))
-        draft = DraftSteps(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(composition.texts))
+        in_strips = bool(composition.texts) and not self.joint
+        draft = DraftSteps(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, in_strips)
         return replace(composition, draft=draft), conditioning
 
     def _others(self, owners: Sequence[int]) -> Sequence[int]:

@@ -298,7 +298,7 @@ class ActiveSampling:
         Args:
             sample: Runs these steps; the sampler starts again from the same noise afterwards.
         """
-        if self._composition.texts and len(self._noise) > 1:
+        if self._composition.texts and not self.joint and len(self._noise) > 1:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
@@ -321,10 +321,11 @@ class ActiveSampling:
         if grid != self.grid and (self.steered or not all(self._passes.everywhere)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
-        step = self._step(float(t.max()))
-        acting = Acting(self._passes, ours, grid, tokens, self._passes.composition.weights_at(step, self.steps))
+        step, composition = self._step(float(t.max())), self._passes.composition
+        isolated = step < steps_in(composition.isolate, self.steps)
+        acting = Acting(self._passes, ours, grid, tokens, composition.weights_at(step, self.steps), isolated)
         inputs = self._inputs_of(self._installation, acting, by_region=step < steps_in(NORM_APART, self.steps))
-        draft = self._passes.composition.draft
+        draft = composition.draft
         if draft is None or not ours.any():
             self._installation.use(inputs)
             return execute()
@@ -344,7 +345,7 @@ class ActiveSampling:
 
     def _inputs_of(self, installation: Installation, acting: Acting, *, by_region: bool) -> LayerInputs:
         """The inputs of the layers, made once for all passes in which the same acts."""
-        key = (*acting.ours.tolist(), acting.grid, acting.tokens, by_region, acting.weights)
+        key = (*acting.ours.tolist(), acting.grid, acting.tokens, by_region, acting.isolated, acting.weights)
         if key not in self._inputs:
             for other in [other for other in self._inputs if other[-1] != acting.weights]:
                 del self._inputs[other]  # those of all steps would be many

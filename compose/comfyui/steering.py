@@ -1,7 +1,8 @@
 """Attention that is steered: its maps are recorded, cells read the text of their region, or are drawn to words.
 
 It acts on the `forward` of the modules that run attention, and there as an override of ComfyUI's attention function,
-on top of one that another node has set; with a bias, PyTorch's kernel takes the place of both.
+on top of one that another node has set; with a bias, PyTorch's kernel takes the place of both. It is the only one known
+to add a bias, and to take heads that are wider and have another scale than their own, as a joint sequence has with it.
 """
 
 from collections.abc import Callable
@@ -78,8 +79,9 @@ class SteeredAttention:
             scale = q.shape[-1] ** -0.5
             return self.state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-            return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask).transpose(1, 2)
+        def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None = None) -> Tensor:
+            run = kernel if scale is None else partial(sdpa, scale=scale)  # with a bias
+            return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask).transpose(1, 2)
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the joint kernel has positions before heads
         return JointKernel(self.name, site, self.state, attend)(q, k, v).transpose(1, 2)

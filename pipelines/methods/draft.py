@@ -58,7 +58,16 @@ from lora_compose.pipelines.methods.region_texts import (
 )
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.scene.division import LENGTH, LENGTH_JOINT, THRESHOLD, divided, nearest, spacing, strips
+from lora_compose.pipelines.scene.division import (
+    APART_JOINT,
+    LENGTH,
+    LENGTH_JOINT,
+    THRESHOLD,
+    divided,
+    nearest,
+    spacing,
+    strips,
+)
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
@@ -70,8 +79,6 @@ ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
 DraftTokenMask = Literal["auto", "tara", "all", "phrase", "others", "image", "none"]
-APART_JOINT = 0.3
-"""Default of `Draft.isolate` and `Draft.bias_steps` where text and image are one sequence."""
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,11 @@ def two(first: str = "", second: str = "") -> list[NodeConcept]:
 
 def acting(
     plan: ComposedConcepts, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
-    family: Family = UNET, step: int = 0,
+    family: Family = UNET, step: int = 0, isolated: bool = False,
 ) -> Acting:  # fmt: skip
     lengths = [text[0][0].shape[1] for text in plan.texts]
     passes = Passes.of(plan, family, grid, images or [plan.regions], lengths)
-    return Acting(passes, torch.tensor(ours), grid, tokens, plan.weights_at(step, 4))
+    return Acting(passes, torch.tensor(ours), grid, tokens, plan.weights_at(step, 4), isolated)
 
 
 def test_the_methods_are_described_as_on_the_page() -> None:
@@ -259,7 +259,6 @@ def test_a_draft_looks_for_class_words_in_the_text_without_triggers() -> None:
 def test_a_draft_keeps_given_regions_and_divides_the_rest() -> None:
     plan, *_ = composed(two("0,0,0.5,1"), TEXT, "draft", joint=True)
     assert plan.draft is not None
-    assert plan.phrases is None, "there is a bias on UNets alone"
     cat, dog = plan.draft.divide(torch.rand(2, 2, 4), plan.regions, (4, 8))
     assert cat == (0, 0, 500, 1000)
     assert isinstance(dog, torch.Tensor)
@@ -276,11 +275,54 @@ def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
     bias = drawn.scores()[0]
     cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
     assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
-    unet: Any = SimpleNamespace(backbone=SimpleNamespace(joint=None))
-    assert DraftMethod().bias_in(unet) == bias.max()
+    assert DraftMethod().bias == bias.max()
     repeated = acting(plan, [True], (1, 2), 22, [left, 1 - left]).bias
     assert repeated is not None
     assert repeated.scores()[0].tolist() == [[cat * 2, dog * 2]]
+
+
+def test_a_draft_in_one_sequence_of_text_and_image_is_that_of_one_text() -> None:
+    """Its words are drawn in both directions and left alone by LoRAs of others; behind zeros that fill the text up."""
+    cats, style = [NodeConcept.of(path, word, "cat", 1.0) for path, word in ((CAT, "sks"), (DOG, "zwx"))], STYLE
+    plan, _, clip = composed([*cats, style], "a sks cat and a zwx cat", "draft", joint=True)
+    assert [text for text, _ in clip.encoded] == ["a sks cat and a zwx cat", "a cat and a cat"]
+    model: Any = SimpleNamespace(backbone=SimpleNamespace(joint=JOINT.joint))
+    assert plan.isolate == DraftMethod().isolate_in(model) > 0
+    assert DraftMethod().token_mask_in(model) == "others"
+    first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1, 0]])
+    images = [[first, 1 - first, None], [second, 1 - second, None]]
+    family = replace(JOINT, zeros="before")
+    here = acting(plan, [True, True, False, False], (2, 6), 10, *images, family=family, isolated=True)
+    own = [[0, 0, 0, 1, 1, 0, 0, -1, -1, 0], [0, 0, 0, -1, -1, 0, 0, 1, 1, 0]]
+    assert here.bias is not None
+    assert here.bias.scores()[1].tolist() == [[own[0], own[1], own[1]], [own[0], own[0], own[1]], *[[[0] * 10] * 3] * 2]
+    gates = here.gates.text
+    assert gates[0].t().tolist() == [[float(value >= 0) for value in row] for row in own] + [[1] * 10]
+    assert torch.equal(gates[1], gates[0])
+    assert not gates[2:].any()
+    assert acting(plan, [True] * 2, (2, 6), 10, *images, family=family).regions(torch.device("cpu")) == (None, None)
+
+
+def test_images_of_a_batch_are_isolated_by_regions_of_their_own() -> None:
+    """Against a mask of positions."""
+    plan, *_ = composed(two(), TEXT, "draft", joint=True)
+    first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1, 0]])
+    images = [[first, 1 - first], [second, 1 - second]]
+    tokens, ours = len(TEXT.split()) + 2, [False, False, True, True]
+    regions = acting(plan, ours, (2, 6), tokens, *images, family=JOINT, isolated=True).regions(torch.device("cpu"))[1]
+    assert regions is not None
+    seen = torch.ones(4, 1, tokens + 3, tokens + 3, dtype=torch.bool)
+    for row, left in ((2, 1), (3, 2)):
+        seen[row, 0, tokens : tokens + left, tokens + left :] = False
+        seen[row, 0, tokens + left :, tokens : tokens + left] = False
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+    q, k, v = torch.randn(3, 4, tokens + 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    found = regions.attend(attend, ("text", "image"), q, k, v, None)
+    torch.testing.assert_close(found, attend(q, k, v, seen), atol=1e-6, rtol=0)
 
 
 def test_two_of_one_class_read_texts_of_their_own() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.compose.comfyui.composition import ComposedConcepts, DraftSteps
-from lora_compose.pipelines.scene.division import divided, nearest, strips
+from lora_compose.pipelines.scene.division import APART_JOINT, divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import WeightSchedule
 
@@ -153,11 +153,12 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
     plain[1, 0] = plain[4, 1] = plain[5, 1] = 1
     subjects = {0: Concept(name="a", class_word="cat"), 1: Concept(name="b", class_word="dog")}
     draft = DraftSteps(core.text(6), plain / plain.sum(dim=0), subjects, own_texts)
-    options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft}
+    options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft, "owners": (0, 1)}
+    isolate = APART_JOINT if core.is_joint(patcher) else float(own_texts)
     if own_texts:
         own, texts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [core.text(10 + n) for n in range(3)]
-        return replace(plan, words=own, texts=texts, owners=(0, 1), **options)
-    return replace(plan, phrases=None if core.is_joint(patcher) else words(core), **options)
+        return replace(plan, words=own, texts=texts, isolate=isolate, **options)
+    return replace(plan, phrases=words(core), isolate=isolate, **options)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +169,12 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
 def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     core: ModuleType, patcher: Any, tmp_path: Path, options: dict
 ) -> None:
-    """Of 9 steps, 2 are drafted."""
+    """Of 9 steps, 2 are drafted; where text and image are one sequence, regions are isolated in the first 3."""
     options, own = {**options, "steps": 9}, options.get("own_texts", False)
     plan = drafting(core, patcher, tmp_path, own_texts=own)
     options.pop("own_texts", None)
+    if own and core.is_joint(patcher):  # on others, texts of regions are for one image
+        options["batch"] = 2
     negative = core.text(2, options.pop("negative", core.TOKENS))
     assert plan.draft is not None
     maps = core.maps_of_draft(patcher, plan.draft.conditioning, negative, plan.draft.words, last=2, **options)
@@ -734,7 +737,7 @@ def test_another_override_of_attention_is_called_by_ours(
     host = host.clone()
     host.model_options["transformer_options"]["optimized_attention_override"] = override
     assert torch.equal(core.drawn(host, positive, negative), wanted)
-    assert calls > 10
+    assert calls > (1 if core.is_joint(patcher) and not own_texts else 10)  # a bias is left to PyTorch
 
 
 def answer(output: Any) -> Any:
