@@ -527,7 +527,7 @@ freefuse
             f"playground-flux-{steps}-steps",
             f"The transformer of the playground in {steps} steps: scenes and seeds that no setting was chosen by.",
             _pairs(HELD_BACK, HALVES),
-            f"merge\n{FREE_DRAFT}",
+            f"merge\nregional\n{FREE_DRAFT}",
             seeds=(40, 41, 42, 43),
             steps=steps,
             model="playground-flux",
