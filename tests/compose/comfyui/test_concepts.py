@@ -282,7 +282,7 @@ def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
 
 
 def test_a_draft_in_one_sequence_of_text_and_image_is_that_of_one_text() -> None:
-    """The words of a subject are drawn in both directions, and LoRAs of others leave them; behind zeros that fill up."""
+    """The words of a subject are drawn in both directions, and LoRAs of others leave them, behind zeros too."""
     cats, style = [NodeConcept.of(path, word, "cat", 1.0) for path, word in ((CAT, "sks"), (DOG, "zwx"))], STYLE
     plan, _, clip = composed([*cats, style], "a sks cat and a zwx cat", "draft", joint=True)
     assert [text for text, _ in clip.encoded] == ["a sks cat and a zwx cat", "a cat and a cat"]
