@@ -169,7 +169,7 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
 def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     core: ModuleType, patcher: Any, tmp_path: Path, options: dict
 ) -> None:
-    """Of 9 steps, 2 are drafted; where text and image are one sequence, regions are isolated in the first 3."""
+    """The draft takes 2 of 9 steps; where text and image are one sequence, regions are isolated in the first 3."""
     options, own = {**options, "steps": 9}, options.get("own_texts", False)
     plan = drafting(core, patcher, tmp_path, own_texts=own)
     options.pop("own_texts", None)

@@ -82,7 +82,7 @@ def partly(batch: Batch, seed: int) -> Seen | str | None:
 
 @pytest.fixture(autouse=True)
 def _plots_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take as long as the rest of a small report."""
+    """Drawing plots takes as long as the rest of a small report."""
     if "written" not in request.fixturenames:
         monkeypatch.setattr("lora_compose.compose.evaluation.report.against_cost", lambda *_: "")
 

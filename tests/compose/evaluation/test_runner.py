@@ -107,7 +107,7 @@ class Once(dict[Any, int]):
 def _costs_are_measured_once() -> Iterator[None]:
     """What a kind of call costs is measured once for all workers, as otherwise for all batches of one.
 
-    Memory is measured once in all, references are embedded once, and reports have no plots, as nobody looks at them.
+    Memory is measured once, references are embedded once, and reports have no plots, which no test here reads.
     """
     counted, peaks, opens = {}, Once(), Worker.open
     scorers: dict[str, Scorer] = {}
