@@ -78,7 +78,7 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
-DraftTokenMask = Literal["auto", "tara", "all", "phrase", "others", "image", "none"]
+DraftTokenMask = Literal["auto", TokenMask]
 
 
 @dataclass(frozen=True)
