@@ -255,7 +255,11 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
         weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
     concepts = session.concepts.concepts
-    warn_unread(concepts, concepts, "this method has one text for all; method='lora-composer' has one for each region")
+    warn_unread(
+        concepts,
+        concepts,
+        "this method has one text for all; on UNets and Anima method='lora-composer' has one for each region",
+    )
     return session.prompts.encode(weights)
 
 

@@ -60,8 +60,9 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             Shape: [recorded steps, images, concepts, height, width].
         masks: The mask of each concept: the method's own (`clora`), otherwise the cells where its map is above half of
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
-        draft_maps: The maps by which `draft` found the subjects, mean over the drafted steps; 0 for concepts that were
-            not looked for. Shape: [images, concepts, height, width].
+        draft_maps: The maps by which `draft` found the subjects, mean over the drafted steps, or those of the last one
+            where text and image are one sequence; 0 for concepts that were not looked for. Shape: [images, concepts,
+            height, width].
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
         settings: Its settings that differ from the defaults.

@@ -7,11 +7,12 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With subjects of different classes all cells read the scene's prompt, as in `regional`, and a bias draws the cells of
-a region to the words of its subject, as in `freefuse`. Cross-attention to one text cannot tell two cats apart, so with
-two of one class every region reads a text of its own and is denoised apart at first, as in `lora-composer` without
-updates. Where text and image are one sequence, one text does: there a LoRA changes no words of other subjects, and
-regions do not see each other at first. Regions that the user gives are kept, and the rest of the canvas is divided.
+With two subjects of different classes all cells read the scene's prompt, as in `regional`, and a bias draws the cells
+of a region to the words of its subject, as in `freefuse`. Cross-attention to one text cannot tell two cats apart, so
+with two of one class every region reads a text of its own and is denoised apart at first, as in `lora-composer`
+without updates. Where text and image are one sequence, one text does: there a LoRA changes no words of other subjects,
+and regions do not see each other at first. Regions that the user gives are kept, and the rest of the canvas is
+divided.
 
 `docs/methods/draft.md` measures the contribution of each part.
 """
@@ -93,12 +94,12 @@ class Draft(Settings):
             "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
-            columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
-            their own texts.
+            columns or rows, along the axis on which subjects are further apart; "auto" uses strips on UNets and Anima
+            where regions have their own texts.
         reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
             its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if a subject
-            has a prompt of its own, and on UNets and Anima if two subjects share a class word, or more than two fit
-            side by side.
+            has a prompt of its own, and on UNets and Anima also if one has a negative prompt, two share a class word,
+            or more than two fit side by side.
         background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
             read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
             subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
