@@ -1,6 +1,6 @@
 """The model that is trained: opened by diffusers, given an adapter by PEFT."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,6 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 
 from lora_compose.compose.files.paths import ModelError, model_source
@@ -17,7 +16,7 @@ from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.training.settings import PRESETS, Training
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
-from lora_compose.pipelines.families.opening import configuration
+from lora_compose.pipelines.families.opening import checkpoint_keys, configuration, marked_scheduler
 
 ADAPTER = "default"
 _XL_KEY = "conditioner.embedders.1."  # SDXL's second text encoder, in a checkpoint in one file
@@ -35,8 +34,7 @@ def _kind(model: str) -> tuple[str, Any]:
     source = model_source(model)
     try:
         if source.is_file():
-            with safe_open(source, framework="pt") as file:
-                keys = list(file.keys())
+            keys = checkpoint_keys(source, {})
             family = ComposePipeline.family_of_keys(keys)
             xl = any(key.startswith(_XL_KEY) for key in keys)
         else:
@@ -63,6 +61,8 @@ def open_base(model: str) -> Any:
         with without_bars():
             if source.is_file():
                 pipe = kind.from_single_file(str(source), **options)
+                if name in _UNETS:
+                    pipe.scheduler = marked_scheduler(pipe.scheduler, checkpoint_keys(source, {}))
             else:
                 where = str(source) if source.is_dir() else model
                 safe = {"safety_checker": None, "requires_safety_checker": False} if name == "sd" else {}
@@ -71,6 +71,10 @@ def open_base(model: str) -> Any:
         raise
     except Exception as error:
         raise ModelError(f"the model {model!r} cannot be opened: {str(error).strip()[:600]}") from error
+    if name in _UNETS and {"beta_start", "trained_betas"}.isdisjoint(pipe.scheduler.config):
+        raise ModelError(
+            f"{model!r} has a noise schedule without betas (EDM?), which training does not know; {_EXPECTED}"
+        )
     if name in _UNETS and pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(f"{model!r} takes more than latents (is it for inpainting?); {_EXPECTED}")
     pipe.set_progress_bar_config(disable=True)
@@ -78,6 +82,19 @@ def open_base(model: str) -> Any:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+@contextmanager
+def on_device(parts: Iterable[Any], device: torch.device) -> Iterator[None]:
+    """Those of some parts that are models on a device, for as long as the block lasts; then each is where it was."""
+    models = {part: next(part.parameters()).device for part in parts if isinstance(part, nn.Module)}
+    for model in models:
+        model.to(device)
+    try:
+        yield
+    finally:
+        for model, before in models.items():
+            model.to(before)
 
 
 def cast(network: Any, dtype: torch.dtype) -> None:

@@ -30,7 +30,13 @@ from lora_compose.pipelines.denoising.loop import Hooks, denoise
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Sampler, Schedule
 from lora_compose.pipelines.families.loader_mixin import ConceptLoaderMixin
-from lora_compose.pipelines.families.opening import checkpoint_keys, configuration, hub_options, shared_dtype
+from lora_compose.pipelines.families.opening import (
+    checkpoint_keys,
+    configuration,
+    hub_options,
+    marked_scheduler,
+    shared_dtype,
+)
 from lora_compose.pipelines.families.quantised import cast, check_of_one_file, quantising_options
 from lora_compose.pipelines.families.saved import README, how_to_open
 from lora_compose.pipelines.images.from_image import Source
@@ -144,8 +150,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         check_of_one_file(quantize)
         if cls is ComposePipeline:
-            family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
-            return family.from_single_file(pretrained_model_link_or_path, quantize=quantize, **options)
+            keys = checkpoint_keys(pretrained_model_link_or_path, options)
+            family: Any = cls.family_of_keys(keys)
+            opened = family.from_single_file(pretrained_model_link_or_path, quantize=quantize, **options)
+            if hasattr(opened, "unet") and "scheduler" not in options:
+                opened.register_modules(scheduler=marked_scheduler(opened.scheduler, keys))
+            return opened
         return cast(super().from_single_file(str(pretrained_model_link_or_path), **options), quantize)  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod

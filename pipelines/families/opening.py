@@ -1,6 +1,6 @@
 """Looks into a checkpoint before the model is opened."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from lora_compose.pipelines.support.hub import is_hub_name, reachable
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 _FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
 
 
@@ -25,6 +26,20 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
             return list(file.keys())
     given = {name: options[name] for name in _FILE_OPTIONS if name in options}
     return list(load_single_file_checkpoint(str(link_or_path), **given))
+
+
+def marked_scheduler(scheduler: Any, keys: Collection[str]) -> Any:
+    """The scheduler of a UNet whose file says by empty tensors what it predicts.
+
+    "v_pred" stands for v-prediction and "ztsnr" for a schedule that ends in pure noise, as ComfyUI and its trainers
+    write them. diffusers does not read them, and would take such a UNet of SDXL for one that predicts noise.
+    """
+    if V_PREDICTION not in keys:
+        return scheduler
+    config = {"prediction_type": "v_prediction"}
+    if ZERO_SNR in keys:
+        config["rescale_betas_zero_snr"] = True
+    return type(scheduler).from_config(scheduler.config, **config)
 
 
 def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
