@@ -8,7 +8,8 @@ done
 python -m recipe.preservation assets/suites/playground-full.yaml trained preservation.yaml --model MODEL
 lora-compose evaluate preservation.yaml --out outputs/evaluation/preservation
 
-Every pair of the concepts that were trained stands in each of four places.
+Every pair of the concepts that were trained stands in each of four places, and each concept beside a plain subject of
+its class in two of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import yaml
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.loras import Preserve
 from recipe.suites import HALVES, Place
+from recipe.world import CHARACTERS, article
 
 METHODS = ("merge", "regional", "draft")
 GROUNDS = ("on grass", "in snow", "in a room", "on a white background")
@@ -47,7 +49,8 @@ def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict
          "settings": {"keep_regions": False} if method == "draft" else {}}
         for method in METHODS for kind in kinds
     ]  # fmt: skip
-    changed = {"name": "preservation", "concepts": concepts, "scenes": _pairs(names), "methods": methods}
+    scenes = [*_pairs(names), *(_beside_its_class(name, ground) for name in names for ground in GROUNDS[:2])]
+    changed = {"name": "preservation", "concepts": concepts, "scenes": scenes, "methods": methods}
     return {**suite, **changed, "baseline": methods[0]["name"], "model": model or suite["model"]}
 
 
@@ -56,6 +59,17 @@ def _pairs(names: Sequence[str]) -> list[dict[str, Any]]:
         line for pair in combinations(names, 2) for ground in GROUNDS for line in Place(pair, ground, HALVES).lines()
     ]
     return yaml.safe_load("\n".join(lines))
+
+
+def _beside_its_class(name: str, ground: str) -> dict[str, Any]:
+    """A concept on the left of a plain subject of its class."""
+    character = CHARACTERS[name]
+    plain = f"plain {character.class_word}"
+    return {
+        "name": f"{name} and {plain} {ground}", "concepts": [name], "bystanders": {plain: character.class_word},
+        "prompt": f"{article(character.phrase)} and {article(character.class_word)} {ground}",
+        "regions": {name: [*HALVES[0]], plain: [*HALVES[1]]},
+    }  # fmt: skip
 
 
 @handle_errors()

@@ -23,7 +23,15 @@ def test_every_pair_of_trained_concepts_is_made_by_every_method_with_loras_of_ev
     assert [concept.name for concept in suite.concepts] == ["cat", "dog"]
     for concept in suite.concepts:
         assert concept.loras == {kind: str(tmp_path / kind / f"{concept.name}.safetensors") for kind in Preserve}
-    assert [scene.prompt for scene in suite.scenes] == [f"a sks cat and a zwx dog {ground}" for ground in GROUNDS]
+    pairs, beside = suite.scenes[: len(GROUNDS)], suite.scenes[len(GROUNDS) :]
+    assert [scene.prompt for scene in pairs] == [f"a sks cat and a zwx dog {ground}" for ground in GROUNDS]
+    assert [scene.prompt for scene in beside] == [
+        f"a {phrase} {ground}" for phrase in ("sks cat and a cat", "zwx dog and a dog") for ground in GROUNDS[:2]
+    ]
+    assert [(scene.concepts, dict(scene.bystanders)) for scene in beside[::2]] == [
+        (("cat",), {"plain cat": "cat"}),
+        (("dog",), {"plain dog": "dog"}),
+    ]
 
 
 def test_one_concept_alone_is_refused(tmp_path: Path) -> None:
