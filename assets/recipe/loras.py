@@ -1,7 +1,7 @@
 """Trains the LoRAs of the small world's concepts, ordinary and TARA, as `lora-compose train` does.
 
-    PYTHONPATH=assets python -m recipe.loras references prior loras --model MODEL
-    PYTHONPATH=assets python -m recipe.loras references prior loras --preset playground-flux --model FLUX
+    PYTHONPATH=assets python -m recipe.loras references prior loras --model M
+    PYTHONPATH=assets python -m recipe.loras references prior loras --preset playground-flux --kind ordinary --model M
 
 `references` and `prior` are made by `recipe.concepts`. Existing LoRAs are left alone, an interrupted one is resumed.
 """

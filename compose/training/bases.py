@@ -158,8 +158,9 @@ class _UNet(Base):
                 list(prompts), generator=list(noise), num_inference_steps=steps, guidance_scale=guidance, width=side,
                 height=side, output_type="latent",
             ).images  # fmt: skip
-        with torch.no_grad():
-            pixels = self.pipe.vae.decode(latents.float() / self.pipe.vae.config.scaling_factor).sample
+        vae = self.pipe.vae
+        with torch.no_grad():  # one by one: decoding is what needs most memory
+            pixels = torch.cat([vae.decode(row[None].float() / vae.config.scaling_factor).sample for row in latents])
         return self.pipe.image_processor.postprocess(pixels)
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
@@ -175,6 +176,8 @@ class _Transformer(Base):
 
     def __init__(self, pipe: FlowMatchingPipeline) -> None:
         self.pipe, self.network = pipe, pipe.transformer
+        if hasattr(pipe.vae, "enable_slicing"):  # decoding is what needs most memory
+            pipe.vae.enable_slicing()
         self.side, self.architecture = min(pipe.own_size), pipe.architecture
         tokenizers = pipe.tokenizers_for([])
         self.tokenizers = [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]

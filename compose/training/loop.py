@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch import nn
 
@@ -24,7 +26,7 @@ from lora_compose.compose.training.checkpoint import finite, load_checkpoint, sa
 from lora_compose.compose.training.examples import squares
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
 from lora_compose.compose.training.model import cast, lora_parameters, open_base
-from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
+from lora_compose.compose.training.optimizers import learning_rate, optimizers_of, set_rate
 from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, CaptionedImages, adapt, encode, read_captioned
 from lora_compose.compose.training.sampling import save_samples
@@ -33,6 +35,8 @@ from lora_compose.compose.training.stopping import stop_request
 
 logger = logging.getLogger(__name__)
 
+_WAIT = timedelta(days=1)
+"""How long processes wait for the one that makes class images or samples."""
 _PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 OnStep = Callable[[int, float], None]
@@ -74,8 +78,9 @@ def _accelerator(settings: Training) -> Accelerator:
     if "WORLD_SIZE" not in os.environ:  # an earlier training of this process may have had another precision or device
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
-    )
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_WAIT)],
+    )  # fmt: skip
     if settings.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
         logger.warning(
             "this CPU is slower in bf16 than in float32, many times where it has no instructions for it; use "
@@ -175,8 +180,7 @@ class _Trainer:
                 if self.accelerator.sync_gradients and self.settings.max_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.learner.parameters(), self.settings.max_grad_norm)
                 for optimizer in self.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
+                    set_rate(optimizer, rate)
                     optimizer.step()
                     optimizer.zero_grad()
             total += losses.total.detach() / self.settings.accumulate
@@ -227,13 +231,13 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
     noising, captioned = base.noising(settings.high_noise), read_captioned(base, settings)
-    # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it.
+    # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it, nor for both.
     cast(base.network, _PRECISIONS[settings.mixed_precision])
-    base.pipe.to(accelerator.device)
     data = encode(base, captioned, settings, accelerator)
+    base.network.to(accelerator.device)
     adapter = adapt(base, settings, data.rows)
-    trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
-    logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
+    trained = {name: each for name, each in lora_parameters(base.network).items() if each.requires_grad}
+    logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained.values()))
     weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
     learner = Learner(
         base.network, noising, weights, adapter.focus, adapter.alignment, preserves=settings.preserve_class

@@ -12,7 +12,7 @@ from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small, with_references
 from lora_compose.compose.training.examples import Examples, encode_images, of_class, of_one_length
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
-from lora_compose.compose.training.model import ADAPTER, add_lora
+from lora_compose.compose.training.model import ADAPTER, add_lora, on_device
 from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.words import (
@@ -77,8 +77,16 @@ def read_captioned(base: Base, settings: Training) -> CaptionedImages:
 
 
 def encode(base: Base, captioned: CaptionedImages, settings: Training, accelerator: Accelerator) -> TrainingData:
-    """Encodes all images and captions; generates missing class images first."""
+    """Encodes all images and captions; generates missing class images first. The network is not on the device."""
     class_images = _class_images(base, settings, accelerator, captioned.side)
+    others = [part for part in base.pipe.components.values() if part is not base.network]
+    with on_device(others, accelerator.device):
+        return _encoded(base, captioned, class_images, settings)
+
+
+def _encoded(
+    base: Base, captioned: CaptionedImages, class_images: Sequence[TrainingImage], settings: Training
+) -> TrainingData:
     tara = settings.tara is not None  # otherwise nothing asks where triggers are
     triggers = {caption: words.trigger for caption, words in captioned.words.items()} if tara else {}
     concept = encode_images(base, captioned.images, triggers, captioned.side)

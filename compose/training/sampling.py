@@ -11,6 +11,7 @@ from lora_compose.compose.files.images import save_image
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.batches import generator
 from lora_compose.compose.training.focus import Focus
+from lora_compose.compose.training.model import on_device
 from lora_compose.compose.training.settings import Training
 from lora_compose.pipelines.scene.mask_images import IMAGE_SUFFIXES
 
@@ -44,7 +45,8 @@ def save_samples(
             focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
             focus.mask[-1, list(positions)] = 1
         noise = generator(settings.seed, _SAMPLE, number)
-        (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side, references)
+        with on_device(base.pipe.components.values(), accelerator.device):
+            (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side, references)
         save_image(image, folder / f"{step:06}-{number}.png")
     base.network.train()
 
@@ -58,6 +60,12 @@ def generate_class_images(base: Base, accelerator: Accelerator, settings: Traini
     missing = missing[: max(0, settings.class_count - there)]
     if missing:
         logger.info("the model generates %d class images into %s, for prior preservation", len(missing), folder)
+    with on_device(base.pipe.components.values() if missing else (), accelerator.device):
+        _generate(base, accelerator, settings, side, missing)
+
+
+def _generate(base: Base, accelerator: Accelerator, settings: Training, side: int, missing: Sequence[int]) -> None:
+    folder = settings.class_folder
     for first in range(0, len(missing), _TOGETHER):
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]

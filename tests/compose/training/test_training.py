@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from commands import call, flat, free_port
 from components import TINY, sd_unet, seeded, unet_inputs, with_bank
@@ -371,21 +372,25 @@ def test_the_lora_stays_in_single_precision_whatever_the_model_is_in(
     assert same(half, undisturbed)
 
 
-def test_the_network_is_cast_before_it_is_moved(
+def test_the_network_is_cast_and_all_else_is_encoded_before_it_is_moved(
     begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU may have no room for it in single precision."""
+    """A GPU may have no room for it in single precision, nor beside the text encoders."""
 
     class MovedError(Exception):
         pass
 
-    def to(pipe: Any, device: torch.device) -> None:
-        raise MovedError(pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype)
+    def moved_to(network: Any, device: torch.device) -> None:
+        raise MovedError(network.dtype, list(used))
 
-    monkeypatch.setattr(StableDiffusionPipeline, "to", to)
+    used: list[str] = []
+    for part in (CLIPTextModel, AutoencoderKL):
+        to = part.to
+        monkeypatch.setattr(part, "to", lambda it, device, to=to: used.append(f"{it.dtype}") or to(it, device))
+    monkeypatch.setattr(UNet2DConditionModel, "to", moved_to)
     with pytest.raises(MovedError) as moved:
         train(begin(mixed_precision="bf16"))
-    assert moved.value.args == (torch.bfloat16, torch.float32, torch.float32)
+    assert moved.value.args == (torch.bfloat16, ["torch.float32"] * 4)  # both to the device, and back
 
 
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
