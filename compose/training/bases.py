@@ -36,6 +36,7 @@ class Base(Protocol):
         architecture: Its architecture, named as in the ModelSpec standard.
         prediction: The target of the network, named as in the ModelSpec standard; empty if that has no name for it.
         tokenizers: The tokenizers of prompts.
+        unconditional: The caption of unconditional rows under guidance; None where guidance needs none.
     """
 
     part: str
@@ -45,6 +46,7 @@ class Base(Protocol):
     architecture: str
     prediction: str = ""
     tokenizers: Sequence[Any]
+    unconditional: str | None
 
     def check(self, settings: Training) -> None:
         """Raises ValueError for settings that do not apply to this kind of model."""
@@ -114,6 +116,7 @@ class _UNet(Base):
             self.architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
         tokenizers = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
         self.tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+        self.unconditional = "" if self.network.config.time_cond_proj_dim is None else None
 
     def check(self, settings: Training) -> None:
         """Raises ValueError for references."""
@@ -136,9 +139,11 @@ class _UNet(Base):
                 encoded = self.pipe.encode_prompt(
                     caption, device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
-                features.append(encoded[0].cpu())
+                # SDXL's unconditional rows read zeros in place of an empty text.
+                kept = float(bool(caption) or not self.pipe.config.get("force_zeros_for_empty_prompt"))
+                features.append(encoded[0].cpu() * kept)
                 if len(encoded) == 4:  # SDXL's, with negative and pooled ones
-                    pooled.append(encoded[2].cpu())
+                    pooled.append(encoded[2].cpu() * kept)
         return torch.cat(features), {"text_embeds": torch.cat(pooled)} if pooled else {}
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -182,6 +187,8 @@ class _Transformer(Base):
         tokenizers = pipe.tokenizers_for([])
         self.tokenizers = [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
         self._backbone = backbone_of(pipe.transformer)
+        guided = pipe.guided(2.0, None)
+        self.unconditional = (guided["negative_prompt"] or "") if "negative_prompt" in guided else None
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family

@@ -39,9 +39,10 @@ class Examples:
 
 
 def of_class(base: Base, concept: Examples, images: Sequence[TrainingImage], side: int) -> Examples:
-    """The concept's images with captions about its class, which `images` have in place of their own; no trigger."""
-    texts = _encode_texts(base, images, {}, side)
-    return replace(texts, latents=concept.latents, by_image=concept.by_image)
+    """The concept's images, once or several times, with captions of `images` in place of their own; no trigger."""
+    texts, times = _encode_texts(base, images, {}, side), len(images) // len(concept)
+    by_image = {name: torch.cat([value] * times) for name, value in concept.by_image.items()}
+    return replace(texts, latents=torch.cat([concept.latents] * times), by_image=by_image)
 
 
 def of_one_length(*parts: Examples) -> Iterator[Examples]:

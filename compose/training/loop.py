@@ -26,7 +26,7 @@ from lora_compose.compose.training.checkpoint import finite, load_checkpoint, sa
 from lora_compose.compose.training.examples import squares
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
 from lora_compose.compose.training.model import cast, lora_parameters, open_base
-from lora_compose.compose.training.optimizers import learning_rate, optimizers_of, set_rate
+from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, CaptionedImages, adapt, encode, read_captioned
 from lora_compose.compose.training.sampling import save_samples
@@ -180,7 +180,8 @@ class _Trainer:
                 if self.accelerator.sync_gradients and self.settings.max_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.learner.parameters(), self.settings.max_grad_norm)
                 for optimizer in self.optimizers:
-                    set_rate(optimizer, rate)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
                     optimizer.step()
                     optimizer.zero_grad()
             total += losses.total.detach() / self.settings.accumulate

@@ -9,20 +9,16 @@ from torch import nn
 
 from lora_compose.compose.training.settings import Training
 
-SCALE = "scale"
-"""The key of a group of weights whose rate is a multiple of the others'."""
-BESIDE_MUON = 0.2
-"""The rate of AdamW relative to that of Muon."""
 _MAGNITUDE = "lora_magnitude_vector"
 
 
 def optimizers_of(parameters: Mapping[str, nn.Parameter], settings: Training) -> list[torch.optim.Optimizer]:
     """The optimizers of a training: AdamW for everything, or Muon for matrices and AdamW for convolutions.
 
-    Muon (Jordan et al. 2024) makes every update a semi-orthogonal matrix, scaled to 0.2 times the learning rate in root
-    mean square, which is what AdamW's updates have in long trainings (Liu et al., arXiv 2502.16982). At the start of a
-    short one AdamW's have the whole rate, so beside Muon its rate is 0.2 of the other. Magnitudes of DoRA do not decay:
-    they start at the norms of the model's own weights. Raises ValueError if this PyTorch has no Muon.
+    Muon (Jordan et al. 2024) makes every update a semi-orthogonal matrix. Scaled to the size that AdamW's updates have
+    in long trainings (Liu et al., arXiv 2502.16982), so that both go with one learning rate; the first ones of AdamW
+    are five times as large. Magnitudes of DoRA do not decay: they start at the norms of the model's own weights. Raises
+    ValueError if this PyTorch has no Muon.
     """
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
@@ -35,22 +31,16 @@ def optimizers_of(parameters: Mapping[str, nn.Parameter], settings: Training) ->
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     if others:
-        optimizers.append(torch.optim.AdamW(_groups(others, **{SCALE: BESIDE_MUON}), lr, weight_decay=decay))
+        optimizers.append(torch.optim.AdamW(_groups(others), lr, weight_decay=decay))
     return optimizers
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], **settings: float) -> list[dict[str, Any]]:
+def _groups(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Groups of weights for AdamW: those that decay, and magnitudes of DoRA, which do not."""
     magnitudes = [parameter for name, parameter in parameters.items() if _MAGNITUDE in name]
     others = [parameter for name, parameter in parameters.items() if _MAGNITUDE not in name]
-    groups = [{"params": others, **settings}, {"params": magnitudes, "weight_decay": 0.0, **settings}]
+    groups = [{"params": others}, {"params": magnitudes, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all weights, times the scale of their group, if it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get(SCALE, 1.0)
 
 
 def learning_rate(settings: Training, step: int) -> float:

@@ -93,6 +93,8 @@ def _encoded(
     prior = encode_images(base, class_images, {}, captioned.side) if class_images else None
     if settings.preserve_class:
         about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in captioned.images]
+        if base.unconditional is not None:  # guidance takes the unconditional prediction off, LoRA included
+            about_class += [replace(it, caption=base.unconditional) for it in captioned.images]
         prior = of_class(base, concept, about_class, captioned.side)
     if prior is not None:
         concept, prior = of_one_length(concept, prior)

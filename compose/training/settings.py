@@ -111,7 +111,8 @@ class Training(Frozen):
         resolution: Side of the training images in pixels; None is the model's own.
         seed: Seed of everything random: start weights, order, noise, timesteps.
         preserve_class: Prior preservation without class images: for the concept's own images, captioned without the
-            trigger, the LoRA is to predict what the base model predicts (differential output preservation).
+            trigger, the LoRA is to predict what the base model predicts (differential output preservation). Where
+            guidance has unconditional rows, so it is for the same images with their empty caption.
         class_images: A folder with images of the class without the concept, for prior preservation, captioned like
             `images`. None with `class_count` 0 and without `preserve_class`: no prior preservation.
         class_prompts: The captions of class images that have none, and the prompts of those that the model makes.

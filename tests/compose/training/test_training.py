@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
@@ -43,6 +44,7 @@ from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.model import open_base, preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
+from lora_compose.compose.training.preparation import encode, read_captioned
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.text.prompts import about
@@ -391,6 +393,29 @@ def test_the_network_is_cast_and_all_else_is_encoded_before_it_is_moved(
     with pytest.raises(MovedError) as moved:
         train(begin(mixed_precision="bf16"))
     assert moved.value.args == (torch.bfloat16, ["torch.float32"] * 4)  # both to the device, and back
+
+
+@pytest.mark.parametrize(("kind", "zeros"), [("sd", False), ("xl", True)])
+def test_the_class_is_kept_in_unconditional_rows_too(
+    begin: Callable[..., Training], models: dict[str, Path], kind: str, zeros: bool
+) -> None:
+    base, settings = base_of(opened(models, kind)), begin(kind, preserve_class=True)
+    data = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
+    concept, prior = data.concept, data.prior
+    assert prior is not None
+    assert torch.equal(prior.latents, torch.cat([concept.latents] * 2))
+    about_class, unconditional = prior.caption.chunk(2)
+    assert set(about_class.tolist()).isdisjoint(unconditional.tolist())
+    (empty,) = set(unconditional.tolist())
+    expected, negative, *pooled = base.pipe.encode_prompt(
+        "a cat", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    assert expected.abs().max() > 0
+    assert torch.equal(prior.text[empty], negative[0])
+    assert bool((negative == 0).all()) is zeros
+    if pooled:
+        assert torch.equal(prior.by_caption["text_embeds"][empty], pooled[1][0])
+        assert prior.by_image["time_ids"].shape[0] == len(prior)
 
 
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:

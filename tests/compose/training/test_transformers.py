@@ -185,6 +185,15 @@ def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Pa
         torch.testing.assert_close(learner(batch).prior, distance, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("family", "empty"), [("FLUX.1", 0), ("Qwen-Image", 1)], indirect=["family"])
+def test_unconditional_rows_are_kept_where_guidance_has_them(family: str, empty: int, folder: Path) -> None:
+    base = base_of(opened(family))
+    settings = training(folder, "unused", resolution=SIDE, preserve_class=True)
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
+    assert material.prior is not None
+    assert len(material.prior) == len(material.concept) * (1 + empty)
+
+
 @pytest.mark.parametrize("family", slow_but(["FLUX.1"], TRAINED), indirect=True)
 def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> None:
     pipe = opened(family)
