@@ -150,13 +150,14 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         check_of_one_file(quantize)
         if cls is ComposePipeline:
-            keys = checkpoint_keys(pretrained_model_link_or_path, options)
-            family: Any = cls.family_of_keys(keys)
-            opened = family.from_single_file(pretrained_model_link_or_path, quantize=quantize, **options)
-            if hasattr(opened, "unet") and "scheduler" not in options:
-                opened.register_modules(scheduler=marked_scheduler(opened.scheduler, keys))
-            return opened
-        return cast(super().from_single_file(str(pretrained_model_link_or_path), **options), quantize)  # pyright: ignore[reportAttributeAccessIssue]
+            family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
+            return family.from_single_file(pretrained_model_link_or_path, quantize=quantize, **options)
+        where = str(pretrained_model_link_or_path)
+        opened = cast(super().from_single_file(where, **options), quantize)  # pyright: ignore[reportAttributeAccessIssue]
+        if hasattr(opened, "unet") and "scheduler" not in options and where.endswith(".safetensors"):
+            scheduler = marked_scheduler(opened.scheduler, checkpoint_keys(where, options))
+            opened.register_modules(scheduler=scheduler)
+        return opened
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **options: Any) -> Self:

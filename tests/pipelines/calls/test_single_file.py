@@ -27,14 +27,15 @@ def test_a_checkpoint_in_one_file_opens_like_a_folder(load_concepts, tmp_path, f
         assert same_bits(run(opened, **arguments).images, run(composer, **arguments).images)
 
 
+@pytest.mark.parametrize("opener", [ComposePipeline, OURS["sd"]])
 @pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
-def test_a_unet_that_predicts_velocity_is_known_by_the_marks_in_its_file(tmp_path, marks):
+def test_a_unet_that_predicts_velocity_is_known_by_the_marks_in_its_file(tmp_path, marks, opener):
     composer = small_pipeline()
     composer.save_pretrained(tmp_path / "model")
     path = write_checkpoint(composer, tmp_path / "model.safetensors")
     save_file(load_file(path) | {mark: torch.zeros(0) for mark in marks}, path)
     options = {"config": str(tmp_path / "model"), "local_files_only": True}
-    config = ComposePipeline.from_single_file(path, **options).scheduler.config
+    config = opener.from_single_file(path, **options).scheduler.config
     assert config.prediction_type == "v_prediction"
     assert config.rescale_betas_zero_snr is ("ztsnr" in marks)
     given = ComposePipeline.from_single_file(path, **options, scheduler=composer.scheduler).scheduler
