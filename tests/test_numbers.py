@@ -34,7 +34,7 @@ COSTS = [
     ("docs/costs.md", r"`lora-composer` needs ([\d.]+) times", ("lora-composer", "2"), 0),
     ("docs/costs.md", r"`clora` ([\d.]+) times the FLOPs", ("clora", "2"), 0),
     ("docs/tutorial.md", r"about \[([\d.]+) times the FLOPs\]", ("lora-composer", "2"), 1),
-    ("docs/faq.md", r"multiply: `draft` ([\d.]+),", ("draft", "2"), 1),
+    ("docs/faq.md", r"multiply: `draft` ([\d.]+) on SDXL", ("draft", "2"), 1),
     ("docs/faq.md", r"`lora-composer` ([\d.]+) and", ("lora-composer", "2"), 1),
     ("docs/faq.md", r"`clora` ([\d.]+) on SDXL", ("clora", "2"), 1),
     ("docs/faq.md", r"Cost grows with `lora-composer` \(([\d.]+) times", ("lora-composer", "8"), 0),

@@ -51,7 +51,7 @@ def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict
     ]  # fmt: skip
     scenes = [*_pairs(names), *(_beside_its_class(name, ground) for name in names for ground in GROUNDS[:2])]
     changed = {"name": "preservation", "concepts": concepts, "scenes": scenes, "methods": methods}
-    return {**suite, **changed, "baseline": methods[0]["name"], "model": model or suite["model"]}
+    return {**suite, **changed, "baseline": f"draft, {Preserve.IMAGES.value}", "model": model or suite["model"]}
 
 
 def _pairs(names: Sequence[str]) -> list[dict[str, Any]]:
