@@ -36,7 +36,7 @@ def marked_scheduler(scheduler: Any, keys: Collection[str]) -> Any:
     """
     if V_PREDICTION not in keys:
         return scheduler
-    config = {"prediction_type": "v_prediction"}
+    config: dict[str, Any] = {"prediction_type": "v_prediction"}
     if ZERO_SNR in keys:
         config["rescale_betas_zero_snr"] = True
     return type(scheduler).from_config(scheduler.config, **config)

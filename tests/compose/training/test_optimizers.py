@@ -1,6 +1,7 @@
 """What decays of a LoRA."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.ones(shape)) for name, shape in zip(NAMES, shapes, strict=True)}
 
 
-def settings(optimizer: str) -> Training:
+def settings(optimizer: Literal["adamw", "muon"]) -> Training:
     return Training(
         model="sd", images=Path("images"), out=Path("out.safetensors"), trigger="sks", class_word="cat",
         optimizer=optimizer, learning_rate=0.5, weight_decay=0.1,
@@ -25,7 +26,7 @@ def settings(optimizer: str) -> Training:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_magnitudes_of_a_dora_stay_at_the_norms_that_they_begin_with(optimizer: str) -> None:
+def test_magnitudes_of_a_dora_stay_at_the_norms_that_they_begin_with(optimizer: Literal["adamw", "muon"]) -> None:
     if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
     weights = parameters()
