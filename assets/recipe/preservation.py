@@ -6,6 +6,7 @@ for how in none images captions; do
     --concept cat --concept dog --concept mira
 done
 python -m recipe.preservation assets/suites/playground-full.yaml trained preservation.yaml --model MODEL
+# of the transformer: --preset playground-flux for the former, assets/suites/playground-flux.yaml for the latter
 lora-compose evaluate preservation.yaml --out outputs/evaluation/preservation
 
 Every pair of the concepts that were trained stands in each of four places, and each concept beside a plain subject of

@@ -187,8 +187,7 @@ class _Transformer(Base):
         tokenizers = pipe.tokenizers_for([])
         self.tokenizers = [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
         self._backbone = backbone_of(pipe.transformer)
-        guided = pipe.guided(2.0, None)
-        self.unconditional = (guided["negative_prompt"] or "") if "negative_prompt" in guided else None
+        self.unconditional = pipe.unconditional_prompt
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family

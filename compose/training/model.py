@@ -86,7 +86,7 @@ def open_base(model: str) -> Any:
 
 @contextmanager
 def on_device(parts: Iterable[Any], device: torch.device) -> Iterator[None]:
-    """Those of some parts that are models on a device, for as long as the block lasts; then each is where it was."""
+    """Puts the models among some parts on a device for as long as the block lasts; then each is where it was."""
     models = {part: next(part.parameters()).device for part in parts if isinstance(part, nn.Module)}
     for model in models:
         model.to(device)

@@ -39,15 +39,15 @@ def save_samples(
     folder = settings.out.with_name(f"{settings.out.stem}-samples")
     guided = settings.sample_guidance > 1
     base.network.eval()
-    for number, (prompt, positions) in enumerate(prompts):
-        if focus is not None:
-            tokens = base.pipe.tokenizer.model_max_length
-            focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
-            focus.mask[-1, list(positions)] = 1
-        noise = generator(settings.seed, _SAMPLE, number)
-        with on_device(base.pipe.components.values(), accelerator.device):
+    with on_device(base.pipe.components.values(), accelerator.device):
+        for number, (prompt, positions) in enumerate(prompts):
+            if focus is not None:
+                tokens = base.pipe.tokenizer.model_max_length
+                focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
+                focus.mask[-1, list(positions)] = 1
+            noise = generator(settings.seed, _SAMPLE, number)
             (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side, references)
-        save_image(image, folder / f"{step:06}-{number}.png")
+            save_image(image, folder / f"{step:06}-{number}.png")
     base.network.train()
 
 

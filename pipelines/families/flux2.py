@@ -164,3 +164,8 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0 if self.config["is_distilled"] else guidance_scale
+
+    @property
+    def unconditional_prompt(self) -> str | None:
+        """As `ImageTasksPipeline.unconditional_prompt`: the base model has such rows, the distilled one has not."""
+        return None if self.config["is_distilled"] else ""

@@ -91,6 +91,12 @@ class ImageTasksPipeline(ComposePipeline):
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
     @property
+    def unconditional_prompt(self) -> str | None:
+        """The text of unconditional rows where there is nothing to avoid; None where guidance has no such rows."""
+        guided = self.guided(1.0, None)
+        return (guided["negative_prompt"] or "") if "negative_prompt" in guided else None
+
+    @property
     def _text_dtype(self) -> torch.dtype:
         """The precision of diffusers' text, in which it prepares the image."""
         parts = (self.components.get(name) for name in ("text_encoder_2", "text_encoder"))

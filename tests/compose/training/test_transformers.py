@@ -185,7 +185,7 @@ def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Pa
         torch.testing.assert_close(learner(batch).prior, distance, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "empty"), [("FLUX.1", 0), ("Qwen-Image", 1)], indirect=["family"])
+@pytest.mark.parametrize(("family", "empty"), [("FLUX.1", 0), ("FLUX.2", 1), ("Qwen-Image", 1)], indirect=["family"])
 def test_unconditional_rows_are_kept_where_guidance_has_them(family: str, empty: int, folder: Path) -> None:
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, preserve_class=True)
