@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -370,11 +369,8 @@ class Reference:
         self.lengths = [text.shape[1] for text in texts]
         if texts:
             self.words = plan.words.repeat_interleave(torch.tensor(self.lengths), dim=0)
-        elif self.joint and plan.phrases is not None:  # all but the words of others
-            words = torch.ones_like(plan.phrases)
-            for i, j in permutations(plan.owners, 2):
-                words[plan.phrases[:, j] > 0, i] = 0
-            self.words = F.pad(words, (0, 0, self.front, 0), value=1)
+        elif plan.kept is not None:  # all but the words of others
+            self.words = F.pad(1 - plan.kept, (0, 0, self.front, 0), value=1)
         else:  # zeros have no words
             self.words = plan.words if len(plan.words) == 1 else F.pad(plan.words, (0, 0, self.front, 0))
 
@@ -433,7 +429,7 @@ class Reference:
         """Scores of our conditioning with what is forbidden, or more or less likely."""
         assert mask is None
         at = 2 if options.get("skip_reshape") else 1
-        if self.joint and (self.lengths or (self.plan.phrases is not None and self.isolated)):
+        if self.joint and (self.lengths or self.isolated):
             if k.shape[at] == getattr(self.model, "txtlayers", None):  # Krea 2, for each token apart
                 return core(q, k, v, heads, **options)
             seen = self.allowed(k.shape[at])

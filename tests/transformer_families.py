@@ -243,7 +243,7 @@ def regions(family: Family, unconditional: Sequence[bool]) -> Places:
 METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
     "merge": (Merge(), ["cat", "dog"], merged),
     "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
+    "regional": (Regional(token_mask="none", texts="shared", isolate=0), BOXES, regions),
 }
 """Settings, concepts, and where their LoRAs then act."""
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from all_transformers import EVERY, FEW, TRANSFORMERS
+from all_transformers import EVERY, FEW, JOINT, TRANSFORMERS
 from components import seeded
 from golden import BOXES, LEFT, PROMPT, RIGHT, Golden, boxed, mask_file, squares
 from lora_compose import Concept
@@ -44,7 +44,11 @@ def _by_family() -> dict[str, Golden]:
             "regional": Golden(family, "regional", fields=boxed(), arguments=guided, cheap=True),
             "regional unguided": Golden(family, "regional", fields=boxed()),
             "regional with one text": Golden(
-                family, "regional", {"token_mask": "none", "texts": "shared"}, fields=boxed(), arguments=guided
+                family,
+                "regional",
+                {"token_mask": "none", "texts": "shared", "isolate": 0.0},
+                fields=boxed(),
+                arguments=guided,
             ),
             "switch": Golden(family, "switch", {"interval": 1}, arguments=guided),
             "composite": Golden(family, "composite", {"shares": (1.0, 2.0)}, arguments=guided),
@@ -61,6 +65,10 @@ def _by_family() -> dict[str, Golden]:
             "two images, draft": Golden(family, "draft", arguments={**guided, "num_images_per_prompt": 2}),
             "one step": Golden(family, "regional", fields=boxed(), arguments={**guided, "num_inference_steps": 1}),
         }
+        if family in JOINT:
+            runs["regional with texts of regions"] = Golden(
+                family, "regional", {"texts": "regions", "isolate": 0.0}, fields=boxed(), arguments=guided, cheap=True
+            )
         found |= {f"{family}: {name}": run for name, run in runs.items()}
     return found
 

@@ -36,10 +36,10 @@ IMAGE_TOKENS = 203
 
 @dataclass(frozen=True)
 class PassCost:
-    """The costs of one forward pass of one row with `regional`, whose LoRAs act in all layers at once.
+    """The costs of one forward pass of one row with `regional` and texts of regions.
 
-    A multiplication and an addition count as two FLOPs. Peak memory includes model and LoRAs; `offloaded_bytes` is the
-    peak if only one block at a time is on the device (group offloading by blocks).
+    LoRAs act in all layers at once. A multiplication and an addition count as two FLOPs. Peak memory includes model and
+    LoRAs; `offloaded_bytes` is the peak if only one block at a time is on the device (group offloading by blocks).
     """
 
     flops: int

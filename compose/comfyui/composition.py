@@ -100,8 +100,10 @@ class ComposedConcepts:
         owners: Index of the concept of each region; with texts of regions, in their order.
         isolate: The part of the steps, from the first, in which cells of a region see no other region; 0 on UNets and
             Anima without texts of regions.
-        phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region; where text
-            and image are one sequence, other concepts with a region leave them as they are. Shape: [tokens, concepts].
+        kept: 1 at the words that a concept leaves as they are, since they are those of others; None if it leaves none.
+            Shape: [tokens, concepts].
+        phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
+            [tokens, concepts].
         draft: Finds regions.
         mark: Stands for this composition in conditionings.
     """
@@ -117,6 +119,7 @@ class ComposedConcepts:
     whole: Conditioning | None = None
     owners: Sequence[int] = ()
     isolate: float = 0.0
+    kept: Tensor | None = None
     phrases: Tensor | None = None
     draft: DraftSteps | None = None
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
@@ -129,7 +132,8 @@ class ComposedConcepts:
         """As it is while a draft is made: concepts that are no subjects act everywhere, and all read its text."""
         off, words = WeightSchedule.of(0.0), torch.ones(1, len(self.loras))
         weights = [off if i in draft.subjects else weight for i, weight in enumerate(self.weights)]
-        return replace(self, weights=weights, words=words, texts=[draft.conditioning], isolate=0.0, phrases=None)
+        texts = [draft.conditioning]
+        return replace(self, weights=weights, words=words, texts=texts, isolate=0.0, kept=None, phrases=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,14 +288,11 @@ class Acting:
     def _words(self) -> Tensor:
         """Where concepts act in the text. Shape: [tokens or 1, concepts]."""
         composition, lengths = self.passes.composition, self.passes.lengths
-        words, phrases = composition.words, composition.phrases
+        words = composition.words
         if not self.ours.any():  # a text of others has any length
             return words[:1]
-        if phrases is not None and self.passes.family.joint is not None:
-            phrases, subjects = over(phrases, self.tokens, self.passes.family), [*composition.owners]
-            others, words = phrases.sum(dim=1, keepdim=True) - phrases, words.repeat(self.tokens, 1)
-            words[:, subjects] *= 1 - others[:, subjects].clamp(max=1)
-            return words
+        if composition.kept is not None:
+            return words * (1 - over(composition.kept, self.tokens, self.passes.family))
         if len(words) == 1:
             return words
         if lengths:

@@ -317,14 +317,20 @@ class ComposeRequest:
         if unread := [name for i, name in self._prompted.items() if i not in owners]:
             raise ValueError(f"{unread[0]} has a prompt, and no region that reads it; give it a box or a mask")
         scenes = [self.concepts[i].scene for i in owners]
-        unnamed = [concept.name for concept in _unnamed(scenes, self._read.text, scenes)]
-        if self.texts == "auto" and self.joint and unnamed:
-            logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
         everywhere = [subject.name for i, subject in self._trained.items() if i not in owners]
         if everywhere and any(concept.is_bystander for concept in scenes):
             names = ", ".join(everywhere)
             logger.warning("without a box or mask, %s acts on the whole image, also in the regions of others", names)
-        return self._in_regions(composition, owners, auto=self.joint and not unnamed)
+        composition, conditioning = self._in_regions(composition, owners, auto=False)
+        if not self.joint:
+            return composition, conditioning
+        composition = replace(composition, owners=owners, isolate=APART_JOINT if len(owners) > 1 else 0.0)
+        if not composition.texts:
+            tokens, subjects, text = tokens_of(*conditioning[0]), self._subjects, self._read.text
+            named = {i: each for i, each in subjects.items() if _is_named(each, text, [*subjects.values()])}
+            if (kept := self._of_others(self._phrases(named, tokens))).any():
+                composition = replace(composition, tokens=tokens, kept=kept)
+        return composition, conditioning
 
     def _draft(self, composition: ComposedConcepts) -> tuple[ComposedConcepts, Conditioning]:
         subjects = self._subjects
@@ -340,7 +346,9 @@ class ComposeRequest:
         composition = replace(composition, owners=[*subjects], isolate=isolate)
         if not composition.texts:
             tokens = tokens_of(*conditioning[0])
-            composition = replace(composition, tokens=tokens, phrases=self._phrases(tokens))
+            phrases = self._phrases(subjects, tokens)
+            kept = self._of_others(phrases) if self.joint else None
+            composition = replace(composition, tokens=tokens, phrases=phrases, kept=kept)
         if not searched:
             return composition, conditioning
         bare = without_triggers(self._read, [*subjects.values()])
@@ -351,6 +359,12 @@ class ComposeRequest:
         in_strips = bool(composition.texts) and not self.joint
         draft = DraftSteps(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, in_strips)
         return replace(composition, draft=draft), conditioning
+
+    def _of_others(self, phrases: Tensor) -> Tensor:
+        """1 at the words of other subjects, for each subject; 0 for styles. Shape of both: [tokens, concepts]."""
+        subjects, kept = [*self._subjects], torch.zeros_like(phrases)
+        kept[:, subjects] = (phrases.sum(dim=1, keepdim=True) - phrases)[:, subjects].clamp(max=1)
+        return kept
 
     def _others(self, owners: Sequence[int]) -> Sequence[int]:
         """The concepts that act everywhere, beside those that have a region."""
@@ -391,13 +405,13 @@ class ComposeRequest:
             raise ValueError("the CLIP has LoRA hooks with a schedule; leave them out with draft and texts of regions")
         return conditioning
 
-    def _phrases(self, tokens: int) -> Tensor:
+    def _phrases(self, subjects: Mapping[int, Concept], tokens: int) -> Tensor:
         """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
-        text, subjects = self._read.text, [*self._subjects.values()]
+        text, every = self._read.text, [*self._subjects.values()]
         phrases: dict[int, Phrases] = {}
-        for i, subject in self._subjects.items():
+        for i, subject in subjects.items():
             noun = subject.class_word or ""
-            spans = [] if subject.is_bystander else named_spans(subject, text, subjects)
+            spans = [] if subject.is_bystander else named_spans(subject, text, every)
             phrases[i] = {text[slice(*span)]: None for span in spans} or {noun: self._own(subject, text)}
         return self._at(self.text, phrases, tokens)
 

@@ -220,7 +220,8 @@ class ActiveSampling:
         sigmas: Tensor, given: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.model = guider.inner_model
-        self.steered = composition.draft is not None or composition.phrases is not None or bool(composition.texts)
+        drawn = composition.phrases is not None
+        self.steered = composition.draft is not None or drawn or bool(composition.texts) or composition.isolate > 0
         self.grid: Grid = (noise.shape[-2], noise.shape[-1])
         self._composition, self._factors, self._ours = composition, factors, ours
         self._noise, self._given = noise, given

@@ -46,7 +46,13 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps, reordered
-from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
+from lora_compose.pipelines.methods.gated_pass import (
+    ChosenTokenMask,
+    gated_pass,
+    isolated_at_first,
+    token_mask_in,
+    with_region_norm,
+)
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import (
@@ -79,7 +85,6 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
-DraftTokenMask = Literal["auto", TokenMask]
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Draft(Settings):
     bias_steps: float | None = None
     norm_apart: float = NORM_APART
     keep_regions: bool = True
-    token_mask: DraftTokenMask = "auto"
+    token_mask: ChosenTokenMask = "auto"
     leftover: float = 0.0
     drafts: int = 1
     spacing: float = 0.6
@@ -198,8 +203,7 @@ class Draft(Settings):
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
             boxed = self.keep_regions and any(concepts.concepts[i].region for i in concepts.subjects)
-            words = "tara" if self.token_mask == "auto" else self.token_mask
-            alone = Regional(token_mask=words, norm_apart=self.norm_apart) if boxed else Merge()
+            alone = Regional(token_mask=self.token_mask, norm_apart=self.norm_apart) if boxed else Merge()
             return alone.start(session)
         self.check_concepts(concepts.loaded, prompts.texts)
         base = branch_of(None, prompts.texts or (), concepts.concepts, concepts.subjects)
@@ -231,12 +235,6 @@ class Draft(Settings):
         if not self.bias:
             return 0.0
         return self.bias_steps if self.bias_steps is not None else 1.0 if canvas.backbone.joint is None else APART_JOINT
-
-    def token_mask_in(self, canvas: Canvas) -> TokenMask:
-        """The words that LoRAs change with a model."""
-        if self.token_mask != "auto":
-            return self.token_mask
-        return "tara" if canvas.backbone.joint is None else "others"
 
     def _restart(self, session: Session) -> "Restart":
         if not self._texts_by_region(session.concepts, session.canvas):
@@ -314,7 +312,7 @@ def _pass(
 ) -> Pass:
     """A pass with LoRAs in the regions and a bias to their words."""
     everywhere = _everywhere(session)
-    words = settings.token_mask_in(session.canvas)
+    words = token_mask_in(session.canvas, settings.token_mask)
     spec = gated_pass(session, texts, shares, everywhere, token_mask=words, image=image)
     if not bias:
         return spec

@@ -13,12 +13,22 @@ from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, acting_rows
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 TokenMask = Literal["tara", "all", "phrase", "others", "image", "none"]
 """The tokens that LoRAs change: of those trained with TARA their own trigger, and of others every token ("tara") or all
 but the words of other subjects ("others"); of all their own trigger ("all"), or their own trigger and class word
 ("phrase"), no token at all ("image"), or every token ("none")."""
+ChosenTokenMask = Literal["auto", TokenMask]
+"""As `TokenMask`; "auto" is "others" where text and image are one sequence, and otherwise "tara"."""
+
+
+def token_mask_in(canvas: Canvas, chosen: ChosenTokenMask) -> TokenMask:
+    """The tokens that LoRAs change with a model."""
+    if chosen != "auto":
+        return chosen
+    return "tara" if canvas.backbone.joint is None else "others"
 
 
 def gated_pass(

@@ -11,9 +11,10 @@ the base model's prediction to that of the LoRAs, and strengthens identities. A 
 method gates LoRAs; it does not move objects into their regions. `docs/methods/regional.md` measures the contribution of
 each part.
 
-Transformers attend to text and image in one sequence, and their encoders mix the concepts of one prompt. There each
-region has its own text, about its concept alone, and the image has a text without triggers
-(`attention/joint_regions.py`); the LoRA changes its own text and its own cells.
+Transformers attend to text and image in one sequence. There no LoRA changes the words of other subjects, and in the
+first steps the cells of a region do not attend to those of others (`attention/joint_regions.py`). With prompts of their
+own, each region has its own text, about its concept alone, and the image has a text without triggers; the LoRA changes
+its own text and its own cells.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,13 @@ from lora_compose.pipelines.denoising.process import (
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
-from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
+from lora_compose.pipelines.methods.gated_pass import (
+    ChosenTokenMask,
+    gated_pass,
+    isolated_at_first,
+    token_mask_in,
+    with_region_norm,
+)
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import (
     Background,
@@ -48,6 +55,7 @@ from lora_compose.pipelines.methods.region_texts import (
     shared_text,
 )
 from lora_compose.pipelines.scene.canvas import Canvas
+from lora_compose.pipelines.scene.division import APART_JOINT
 from lora_compose.pipelines.scene.regions import HALF, Regions, read_mask, region_mask
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.missing import Described
@@ -68,12 +76,12 @@ class Regional(Settings):
             without a trigger, changes all tokens.
         texts: "regions", each region has its own text, about its subject in the scene; "subjects", about its subject
             alone, so that the whole image's text alone tells the scene; "shared", all read the prompt; "auto", regions
-            on transformers, if a text can be made for each concept with a region, otherwise shared.
+            on transformers if a concept with a region has a prompt of its own, otherwise shared.
         background: With texts of regions, what all cells read besides: the "scene" without triggers, or its
             "surroundings" without the concepts, so that no cell reads of a subject that is elsewhere.
         isolate: The part of the steps, from the first, in which cells of a region do not attend to cells of other
             regions, on transformers with text and image in one sequence. All steps (1) separate identities best but
-            make incoherent images.
+            make incoherent images. None is 0.3 there.
         norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
             variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
@@ -81,10 +89,10 @@ class Regional(Settings):
     """
 
     rows: ActingRows = "cond_only"
-    token_mask: TokenMask = "tara"
+    token_mask: ChosenTokenMask = "auto"
     texts: Literal["auto", "shared", "regions", "subjects"] = "auto"
     background: Background = "scene"
-    isolate: float = 0.0
+    isolate: float | None = None
     norm_apart: float = NORM_APART
     limit: float | None = None
 
@@ -92,14 +100,14 @@ class Regional(Settings):
         check_choices(self)
         check_limit(self.limit)
         for name in ("isolate", "norm_apart"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+            if (part := getattr(self, name)) is not None and not 0 <= part <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {part}")
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose regions overlap, and each of the others, with all styles."""
         regions = {i: concepts.concepts[i].region for i in concepts.subjects}
         groups = each_subject(concepts, overlapping(regions, canvas))
-        if self.limit is not None and (self.texts == "shared" or canvas.backbone.joint is None):
+        if self.limit is not None and not self._reads_own_texts(concepts, canvas):
             groups.append(of_one_text(concepts, canvas))
         return limited(groups, self.limit)
 
@@ -113,28 +121,29 @@ class Regional(Settings):
         if not concepts.subjects:
             return Merge().start(session)
         self.check_concepts(concepts.loaded, session.prompts.texts)
+        self._check_model(canvas)
         wide = [concepts.concepts[i].name for i in concepts.with_loras if concepts.concepts[i].region is None]
         if wide and any(concept.is_bystander and concept.region is not None for concept in concepts.concepts):
             warn_once(f"without a region, {', '.join(wide)} acts on the whole image, also where bystanders are")
         masks = region_masks(session)
         everywhere = [concept.region is None for concept in concepts.concepts]
 
-        pass_of = partial(
-            gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows, token_mask=self.token_mask
-        )
-        joint, own = self._joint(session)
-        if joint is None:
+        words = token_mask_in(canvas, self.token_mask)
+        pass_of = partial(gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows, token_mask=words)
+        joint, own = canvas.backbone.joint, self._own_texts(session)
+        owners = [i for i, whole in enumerate(everywhere) if not whole]
+        isolate = 0.0 if len(owners) < 2 else APART_JOINT if self.isolate is None else self.isolate
+        if joint is None or not (own or isolate):
             shared = shared_text(session)
             return with_region_norm(session, pass_of(shared), masks, everywhere, self.norm_apart, shared.base)
         if own:
-            owners = [i for i, whole in enumerate(everywhere) if not whole]
             texts = segment_texts(session, owners, self.background, alone=self.texts == "subjects")
         else:
             texts = one_segment(shared_text(session))
         cells = given_cells(session, joint)
 
         def passes(texts: SegmentedTexts, image: int | None = None) -> FixedPasses:
-            return isolated_at_first(session, texts, cells, joint, partial(pass_of, image=image), self.isolate)
+            return isolated_at_first(session, texts, cells, joint, partial(pass_of, image=image), isolate)
 
         if joint.multiple == 1 or texts.alike:
             return passes(texts)
@@ -142,32 +151,40 @@ class Regional(Settings):
         by_image = [passes(texts.of_image(image), image) for image in range(canvas.images)]
         return ImageByImage(by_image, texts.base)
 
-    def _joint(self, session: Session) -> tuple[Site | None, bool]:
-        """How text and image lie in one sequence, if who attends to whom depends on the regions, otherwise None.
-
-        And whether each region reads its own text.
-        """
-        joint, asked = session.canvas.backbone.joint, self.texts in ("regions", "subjects")
-        unnamed = _unnamed(session)
-        if asked and joint is None:
+    def _check_model(self, canvas: Canvas) -> None:
+        if canvas.backbone.joint is not None:
+            return
+        if self.texts in ("regions", "subjects"):
             raise ValueError(
                 f"texts={self.texts!r} needs a transformer that attends to text and image in one sequence; in this "
                 "model the image reads the text by cross-attention: use method='lora-composer', which gives each "
                 "region a text there, or texts='shared'"
             )
-        if asked and unnamed:
+        if self.isolate:
+            raise ValueError(
+                "isolate needs a transformer that attends to text and image in one sequence; use method='lora-composer'"
+            )
+
+    def _reads_own_texts(self, concepts: ConceptSet, canvas: Canvas) -> bool:
+        """Whether each region is meant to read its own text."""
+        if self.texts != "auto":
+            return self.texts != "shared"
+        prompted = any(each.prompt is not None for each in concepts.concepts if each.region is not None)
+        return prompted and canvas.backbone.joint is not None
+
+    def _own_texts(self, session: Session) -> bool:
+        """Whether each region reads its own text."""
+        if not self._reads_own_texts(session.concepts, session.canvas):
+            return False
+        unnamed = _unnamed(session)
+        if unnamed and self.texts != "auto":
             raise ValueError(
                 f"texts={self.texts!r} needs a text about each concept that has a region, and {', '.join(unnamed)} is "
                 "not named in every prompt: write its words there, or give it a prompt of its own"
             )
-        if self.isolate and joint is None:
-            raise ValueError(
-                "isolate needs a transformer that attends to text and image in one sequence; use method='lora-composer'"
-            )
-        own = joint is not None and self.texts != "shared" and not unnamed
-        if joint is not None and self.texts == "auto" and unnamed:
+        if unnamed:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
-        return joint if own or self.isolate else None, own
+        return not unnamed
 
 
 def region_masks(session: Session) -> dict[int, Tensor]:

@@ -30,6 +30,7 @@ from lora_compose.compose.page.labels import METHOD_LABELS
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import choose_method, name_of
 from lora_compose.pipelines.methods.draft import Draft as DraftMethod
+from lora_compose.pipelines.methods.gated_pass import token_mask_in
 from lora_compose.pipelines.text.branches import branch_of
 
 TEXT = "a sks cat and a zwx dog on grass"
@@ -288,7 +289,7 @@ def test_a_draft_in_one_sequence_of_text_and_image_is_that_of_one_text() -> None
     assert [text for text, _ in clip.encoded] == ["a sks cat and a zwx cat", "a cat and a cat"]
     model: Any = SimpleNamespace(backbone=SimpleNamespace(joint=JOINT.joint))
     assert plan.isolate == DraftMethod().isolate_in(model) > 0
-    assert DraftMethod().token_mask_in(model) == "others"
+    assert token_mask_in(model, DraftMethod().token_mask) == "others"
     first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1, 0]])
     images = [[first, 1 - first, None], [second, 1 - second, None]]
     family = replace(JOINT, zeros="before")
@@ -301,6 +302,29 @@ def test_a_draft_in_one_sequence_of_text_and_image_is_that_of_one_text() -> None
     assert torch.equal(gates[1], gates[0])
     assert not gates[2:].any()
     assert acting(plan, [True] * 2, (2, 6), 10, *images, family=family).regions(torch.device("cpu")) == (None, None)
+
+
+@pytest.mark.parametrize("texts", ["auto", "shared", "regions"])
+def test_boxes_in_one_sequence_of_text_and_image_are_isolated_at_first(texts: str) -> None:
+    """And where all read one text, LoRAs leave the words of others, those of a subject without a LoRA too."""
+    concepts = [*with_boxes([two()[0], beside()], boxes_of("0,0,0.5,1\n0.5,0,1,1")), STYLE]
+    plan = composed(concepts, "a sks cat and a dog", "regional", texts=texts, joint=True)[0]
+    model: Any = SimpleNamespace(backbone=SimpleNamespace(joint=JOINT.joint))
+    assert (plan.isolate, plan.owners) == (DraftMethod().isolate_in(model), [0, 1])
+    assert plan.phrases is None, "no bias"
+    if texts == "regions":
+        assert plan.kept is None
+        return
+    left = torch.tensor([[1.0, 0.0]])
+    gates = acting(plan, [True, False], (1, 2), 8, [left, 1 - left, None], family=replace(JOINT, zeros="after")).gates
+    assert gates.text[0].t().tolist() == [[1, 1, 1, 1, 1, 1, 0, 1], [0] * 8, [1] * 8]
+    assert not gates.text[1].any()
+    alone = composed(two("0,0,0.5,1")[:1], TEXT, "regional", texts=texts, joint=True)[0]
+    assert (alone.isolate, alone.kept) == (0, None)
+    one_box = composed(two("0,0,0.5,1"), TEXT, "regional", texts=texts, joint=True)[0]
+    assert one_box.isolate == 0
+    assert one_box.kept is not None, "the other acts everywhere, but not on these words"
+    assert one_box.kept.nonzero().tolist() == [[2, 1], [3, 1], [6, 0], [7, 0]]
 
 
 def test_images_of_a_batch_are_isolated_by_regions_of_their_own() -> None:
@@ -405,7 +429,8 @@ def test_weights_are_read_as_comfyui_reads_them(text: str, plain: str, weights: 
     ("texts", "joint", "prompt", "own"),
     [
         ("auto", False, "", False),
-        ("auto", True, "", True),
+        ("auto", True, "", False),
+        ("auto", True, "a sks cat asleep", True),
         ("auto", False, "a sks cat asleep", True),
         ("shared", True, "", False),
         ("regions", False, "", True),
@@ -472,7 +497,7 @@ def test_loras_keep_off_the_box_of_a_subject_without_one() -> None:
     assert ours.gates.image[0][0].tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]] * 2
     assert all(torch.equal(ours.gates.image[level], weightless.gates.image[level]) for level in (0, 1))
     assert torch.equal(ours.gates.text, weightless.gates.text)
-    read = composed([cat, beside(boxes)], PLAIN, "regional", joint=True)[2].encoded
+    read = composed([cat, beside(boxes)], PLAIN, "regional", texts="regions", joint=True)[2].encoded
     assert [text for text, _ in read][:3] == ["a cat and a dog on grass", "a sks cat on grass", "a dog on grass"]
 
 

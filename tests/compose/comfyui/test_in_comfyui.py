@@ -136,6 +136,18 @@ def test_regions_read_texts_of_their_own(core: ModuleType, patcher: Any, tmp_pat
     assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{"batch": 2}, {"cfg": 1.0, "grid": (13, 17)}], ids=str)
+def test_regions_that_read_one_text_are_isolated_at_first(
+    core: ModuleType, patcher: Any, tmp_path: Path, options: dict
+) -> None:
+    """In 2 of 4 steps, and each leaves the words of the other."""
+    if not core.is_joint(patcher):
+        pytest.skip("on models with cross-attention they are not isolated")
+    plan = replace(composition(core, patcher, tmp_path, "regional"), owners=(0, 1), isolate=APART_JOINT)
+    plan = replace(plan, kept=words(core).flip(1), tokens=core.TOKENS)
+    assert compared(core, patcher, plan, core.text(2), steps=4, **options) < 1e-5
+
+
 @pytest.mark.parametrize(
     "options", [{"cfg": 1.0, "grid": (13, 17)}, {"batch": 2, "tokens": 36}, {"tokens": 23}], ids=str
 )
@@ -158,7 +170,8 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
     if own_texts:
         own, texts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [core.text(10 + n) for n in range(3)]
         return replace(plan, words=own, texts=texts, isolate=isolate, **options)
-    return replace(plan, phrases=words(core), isolate=isolate, **options)
+    kept = words(core).flip(1) if core.is_joint(patcher) else None
+    return replace(plan, phrases=words(core), kept=kept, isolate=isolate, **options)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from comparisons import assert_close
 from composing import PROMPT, SD_AND_SLOWLY_XL, compose, latents_of
 from flux import FLUX
-from lora_compose import Concept
+from lora_compose import Concept, Regional
 from lora_compose.pipelines.methods import choose_method
 from lora_compose.pipelines.methods.draft import Draft, draft_only
 from lora_compose.pipelines.text.prompts import about
@@ -67,12 +67,19 @@ def test_on_a_transformer_its_region_reads_a_text_of_its_own():
     pipe = shared_pipeline(FLUX)
     weightless = Concept(name="dog", trigger="", weight=0.0, region=RIGHT, prompt="a dog")
     found, known = (
-        latents_on_transformer(
-            pipe, **{**CALL, "prompt": PLAIN}, **FLUX.unguided, concepts=[CAT, other], method="regional"
-        )
-        for other in (IN_ITS_BOX, weightless)
+        latents_on_transformer(pipe, **{**CALL, "prompt": PLAIN}, **FLUX.unguided, concepts=[CAT, other], method=method)
+        for other, method in ((IN_ITS_BOX, Regional(texts="regions")), (weightless, "regional"))
     )
     assert_close(found, known)
+
+
+def test_on_a_transformer_loras_leave_the_words_of_a_subject_without_one():
+    pipe, call = shared_pipeline(FLUX), {**CALL, "prompt": PLAIN, **FLUX.unguided, "concepts": [CAT, IN_ITS_BOX]}
+    found, same, changed = (
+        latents_on_transformer(pipe, **call, method=Regional(token_mask=words)) for words in ("auto", "others", "none")
+    )
+    assert torch.equal(found, same)
+    assert (found - changed).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["sd"])

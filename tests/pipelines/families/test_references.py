@@ -333,9 +333,9 @@ def test_each_prompt_and_each_region_of_an_edit_reads_its_images(reading, pipe):
     )
     alone = latents_of(pipe, **{**call, "prompt": "a zwx dog"}, concepts=["dog"], method="merge", latents=noise[1:])
     torch.testing.assert_close(both[1:], alone, atol=3e-5, rtol=0)
-    regions = latents_of(pipe, **call, concepts=BOXES, method="regional")
+    regions = latents_of(pipe, **call, concepts=BOXES, method=Regional(texts="regions"))
     assert regions.isfinite().all()
-    assert (regions - latents_of(pipe, **call, concepts=BOXES, method=Regional(texts="shared"))).abs().max() > 0.01
+    assert (regions - latents_of(pipe, **call, concepts=BOXES, method="regional")).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("reading", ["qwen-2511"], indirect=True)

@@ -71,7 +71,7 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
         assert (masks.sum(dim=0) == 1).all()
         expected = pipe(
             **CALL, **guidance, concepts=regions(masks), latents=noise[image : image + 1],
-            method=Regional(texts="shared" if reading == "scene" else "regions"),
+            method=Regional(texts="shared" if reading == "scene" else "regions", isolate=0, token_mask="tara"),
         ).images  # fmt: skip
         torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
 

@@ -301,7 +301,8 @@ def test_draft_from_an_image_is_regional_with_the_regions_found(pipes, name, inp
     (masks,) = found
     images: Any = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
     regions = [Concept(name=one, region=mask) for one, mask in zip(("cat", "dog"), images, strict=True)]
-    expected = latents_of(pipes[name], concepts=regions, method=Regional(texts="shared"), **given)
+    same = Regional(texts="shared", isolate=0, token_mask="tara")
+    expected = latents_of(pipes[name], concepts=regions, method=same, **given)
     torch.testing.assert_close(drafted, expected, atol=3e-5, rtol=0)
 
 

@@ -264,17 +264,18 @@ def test_methods_are_made_by_name_with_their_settings():
 
 
 @pytest.mark.parametrize(
-    ("method", "value", "error"),
+    ("method", "setting", "value", "error"),
     [
-        ("draft", "always", "isolate must be a number, not 'always'"),
-        ("draft", 2, "isolate must lie between 0 and 1, not 2"),
-        ("regional", None, "isolate must be a number, not None"),
-        ("clora", 0.5, "isolate must be true or false, not 0.5"),
+        ("draft", "isolate", "always", "isolate must be a number, not 'always'"),
+        ("draft", "isolate", 2, "isolate must lie between 0 and 1, not 2"),
+        ("regional", "isolate", 2, "isolate must lie between 0 and 1, not 2"),
+        ("regional", "norm_apart", None, "norm_apart must be a number, not None"),
+        ("clora", "isolate", 0.5, "isolate must be true or false, not 0.5"),
     ],
 )
-def test_a_value_of_another_kind_is_refused_by_name(method: str, value: Any, error: str) -> None:
+def test_a_value_of_another_kind_is_refused_by_name(method: str, setting: str, value: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        make_method(method, {"isolate": value})
+        make_method(method, {setting: value})
 
 
 def test_settings_of_the_authors_have_names() -> None:

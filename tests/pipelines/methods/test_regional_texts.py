@@ -46,6 +46,7 @@ CALL: dict[str, Any] = {
     "prompt": PROMPT, "width": 128, "height": 160, "num_inference_steps": 1, "max_sequence_length": TOKENS,
     "output_type": "latent",
 }  # fmt: skip
+OWN_TEXTS = Regional(texts="regions", isolate=0)
 BOXES = {"apart": (LEFT, RIGHT), "overlapping": (LEFT, MIDDLE)}
 
 
@@ -235,7 +236,7 @@ def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *
 @pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family, pipe):
     with observed(pipe.transformer) as calls:
-        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=OWN_TEXTS)
     given, named, _ = calls[0]
     text = given[2][0] if family is Z_IMAGE else named["encoder_hidden_states"][0]
     lengths, start = texts_of(family, pipe), 0
@@ -271,7 +272,7 @@ def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe
     settings: Any = {"texts" if method is Regional else "reading": "subjects", "background": "surroundings"}
     with observed(pipe.transformer) as calls:
         pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=method(**settings))
-        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=OWN_TEXTS)
     (_, ours, _), (_, scene, _) = calls
     read, start = ours["encoder_hidden_states"][0], 0
     for text in ("on grass", "a sks cat", "a zwx dog"):
@@ -289,11 +290,11 @@ def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe
 def test_regions_that_read_one_text_are_isolated_in_a_part_of_the_steps(family, pipe):
     """With a draft whose bias is 0 that is the same, which is compared with dense masks."""
     given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")}
-    methods = (Regional(texts="shared", isolate=0.5), Draft(reading="scene", isolate=0.5, bias=0, token_mask="tara"))
+    methods = (Regional(isolate=0.5), Draft(reading="scene", isolate=0.5, bias=0))
     found, same = (pipe(**given, method=method, generator=seeded(3)).images for method in methods)
     assert torch.equal(found, same)
     for isolate in (0, 1):
-        other = pipe(**given, method=Regional(texts="shared", isolate=isolate), generator=seeded(3)).images
+        other = pipe(**given, method=Regional(isolate=isolate), generator=seeded(3)).images
         assert (found - other).abs().max() > 1e-3
 
 
@@ -314,10 +315,11 @@ def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
 
 
 @pytest.mark.parametrize("family", slow_but(["z-image"], JOINT), indirect=True)
-def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
+@pytest.mark.parametrize("method", [OWN_TEXTS, Regional()], ids=["texts of regions", "one text"])
+def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe, method):
     prompts = [PROMPT, "a sks cat in the photo of a zwx dog and a cat on the grass"]
     noise = torch.randn(2, 4, 20, 16, generator=seeded(1))
-    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": "regional"}
+    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": method}
     both = pipe(**{**given, "prompt": prompts, "latents": noise}).images
     for i, prompt in enumerate(prompts):
         alone = pipe(**{**given, "prompt": prompt, "latents": noise[i : i + 1]}).images
@@ -326,7 +328,7 @@ def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, 
 
 @pytest.mark.parametrize("family", ["ideogram4", "krea2", "qwen-image"], indirect=True)
 def test_padding_that_the_model_hides_is_not_run_and_changes_nothing(family, pipe, monkeypatch):
-    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": "regional"}
+    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": OWN_TEXTS}
     with observed(pipe.transformer) as calls:
         found = pipe(**given, generator=seeded(3)).images
         monkeypatch.setattr(type(backbone_of(pipe.transformer)), "hides_padding", False)
@@ -337,7 +339,7 @@ def test_padding_that_the_model_hides_is_not_run_and_changes_nothing(family, pip
 
 
 @pytest.mark.parametrize("family", ["qwen-image"], indirect=True)
-@pytest.mark.parametrize("method", [Regional(), Draft(length=1, reading="regions")], ids=["regional", "draft"])
+@pytest.mark.parametrize("method", [OWN_TEXTS, Draft(length=1, reading="regions")], ids=["regional", "draft"])
 def test_padding_may_stand_before_an_unconditional_text(family, pipe, method, monkeypatch):
     text, _ = pipe.encode_prompt("the photo", device="cpu")
     before = TOKENS - text.shape[1]
@@ -360,20 +362,36 @@ def test_padding_may_stand_before_an_unconditional_text(family, pipe, method, mo
 
 @pytest.mark.parametrize("family", ["z-image"], indirect=True)
 def test_texts_of_regions_may_be_longer_together_than_the_text_of_the_image_may_be(family, pipe):
-    given = {**CALL, **family.unguided, "concepts": concepts("apart"), "method": "regional"}
+    given = {**CALL, **family.unguided, "concepts": concepts("apart"), "method": OWN_TEXTS}
     short, long = (pipe(**given | {"max_sequence_length": n, "generator": seeded(3)}).images for n in (32, 96))
     assert torch.equal(short, long)
 
 
 @pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_maps_of_words_are_recorded_in_the_regions_own_texts(family, pipe):
-    output = pipe(**CALL, **family.guided, concepts=concepts("apart"), method="regional", record_attention=[0])
+    output = pipe(**CALL, **family.guided, concepts=concepts("apart"), method=OWN_TEXTS, record_attention=[0])
     left, right = (box.view(ROWS, CELLS) for box in map(inside, BOXES["apart"]))
     cat, dog = output.attention_maps[0, 0]
     assert (cat[left] > 0).all()
     assert (cat[right] == 0).all()
     assert (dog[right] > 0).all()
     assert (dog[left] == 0).all()
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_by_default_all_read_one_text_regions_are_isolated_at_first_and_words_of_others_are_kept(family, pipe):
+    given = {**CALL, **family.unguided, "num_inference_steps": 10, "concepts": concepts("apart")}
+    methods = (Regional(), Regional(texts="shared", isolate=0.3, token_mask="others"), Regional(token_mask="tara"))
+    found, same, other = (pipe(**given, method=method, generator=seeded(3)).images for method in methods)
+    assert torch.equal(found, same)
+    assert (found - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_a_region_alone_is_isolated_from_nothing(family, pipe):
+    given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")[:1]}
+    found, same = (pipe(**given, method=Regional(isolate=part), generator=seeded(3)).images for part in (None, 0))
+    assert torch.equal(found, same)
 
 
 def test_texts_of_regions_need_a_transformer(tmp_path):
@@ -399,7 +417,9 @@ def test_a_concept_about_which_no_text_can_be_made_reads_the_shared_one_or_is_re
         call = {**CALL, **family.unguided, "concepts": [concepts("apart")[0], Concept(name="bare", region=RIGHT)]}
         with pytest.raises(ValueError, match=r"a text about each concept.*bare is not named in every prompt"):
             pipe(**call, method=Regional(texts="regions"))
-        shared = pipe(**call, method=Regional(texts="shared"), generator=seeded(3)).images
+        shared = pipe(**call, method="regional", generator=seeded(3)).images
+        assert not caplog.text
+        call["concepts"][0] = call["concepts"][0].model_copy(update={"prompt": "a sks cat"})
         assert torch.equal(pipe(**call, method="regional", generator=seeded(3)).images, shared)
         assert "no other can be made about bare" in caplog.text
     finally:
