@@ -26,7 +26,7 @@ from recipe.loras import Preserve
 from recipe.suites import HALVES, Place
 from recipe.world import CHARACTERS, article
 
-METHODS = ("merge", "regional", "draft")
+METHODS = ("merge", "draft")
 GROUNDS = ("on grass", "in snow", "in a room", "on a white background")
 
 

@@ -293,7 +293,7 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
         _free("a text for each region", "reading: regions"),
         # Where regions come from.
         _free("three drafts", "drafts: 3"),
-        IN_COLUMNS,
+        '{name: "draft, a column for each", method: draft}',
     ]
 )
 """Each part of `draft` on a transformer with text and image in one sequence, changed alone."""
