@@ -49,9 +49,7 @@ def main(
     preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
     kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
-    preserve: Annotated[
-        Preserve | None, typer.Option(help="Prior preservation of subjects; as the preset by default.")
-    ] = None,
+    preserve: Annotated[Preserve, typer.Option(help="Prior preservation, of subjects.")] = Preserve.IMAGES,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="As of `lora-compose train`.")] = False,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -63,15 +61,12 @@ def main(
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
         how = Preserve.NONE if name == STYLE else preserve
-        prior_of: dict[str, Any] = {}
-        if how is not None:
-            images = prior / class_word if how is Preserve.IMAGES else None
-            prior_of = {"class_images": images, "class_count": 0, "preserve_class": how is Preserve.CAPTIONS}
         for each in kind or KINDS:
             settings = Training.preset(
-                preset, images=references / name, trigger=trigger, class_word=class_word, model=model,
-                out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors", **prior_of, **KINDS[each],
-                **given,
+                preset, images=references / name, class_images=prior / class_word if how is Preserve.IMAGES else None,
+                class_count=0, preserve_class=how is Preserve.CAPTIONS, trigger=trigger, class_word=class_word,
+                model=model, out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors",
+                **KINDS[each], **given,
             )  # fmt: skip
             if settings.out.exists():
                 continue

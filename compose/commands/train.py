@@ -57,12 +57,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     preserve_class: Annotated[
-        bool | None,
-        _prior(
-            "--preserve-class/--no-preserve-class",
-            help="Keep what the model makes of the captions without the trigger; no images.",
-        ),
-    ] = None,
+        bool,
+        _prior("--preserve-class", help="Keep what the model makes of the captions without the trigger; no images."),
+    ] = False,
     class_images: Annotated[Path | None, _prior(help="A folder with images of the class.")] = None,
     class_prompts: Annotated[
         list[str] | None,

@@ -194,11 +194,12 @@ class Training(Frozen):
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in overrides:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        own_images = overrides.get("class_images") is not None
-        if (own_images or overrides.get("class_count")) and "preserve_class" not in overrides:
-            fields["preserve_class"] = False
-        if own_images and "class_prompts" not in overrides and "class_count" not in overrides:
-            fields.pop("class_prompts", None)  # the preset's prompts describe generated images
+        others = overrides.get("preserve_class") or overrides.get("references")
+        own = overrides.get("class_images") is not None or others
+        if own and "class_count" not in overrides:
+            fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
+            if overrides.get("class_images") is not None and "class_prompts" not in overrides:
+                fields.pop("class_prompts", None)  # the preset's prompts describe generated images
         made = cls(**fields)
         unread = [name for name in _OF_PRIOR if name in overrides and not (made.preserve_class or made.has_prior)]
         if unread:
@@ -298,10 +299,11 @@ def _class_prompts() -> tuple[str, ...]:
 
 def _small(model: str, **fields: Any) -> Mapping[str, Any]:
     """The preset of a small model: what all of them share, and fields of its own."""
+    prompts = _class_prompts()
     return {
         "model": model, "prompt": "a {trigger} {class_word}", "optimizer": "muon", "learning_rate": 5e-3,
-        "schedule": "cosine", "warmup": 20, "high_noise": 0.5, "class_prompts": _class_prompts(), "class_steps": 15,
-        "prior_batch": 2, "prior_weight": 0.5, "sample_guidance": 5.0, "save_dtype": "float16",
+        "schedule": "cosine", "warmup": 20, "high_noise": 0.5, "class_prompts": prompts, "class_count": len(prompts),
+        "class_steps": 15, "prior_batch": 2, "prior_weight": 0.5, "sample_guidance": 5.0, "save_dtype": "float16",
         **fields,
     }  # fmt: skip
 
@@ -311,10 +313,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
-        # Kept as the base model has it: guidance would take off what the LoRA does to the empty caption.
-        PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=600, batch_size=4, preserve_class=True),
+        PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=800, batch_size=4),
         PLAYGROUND_FLUX: _small(
-            PLAYGROUND_FLUX, scope="transformer", rank=8, steps=450, batch_size=6, learning_rate=1e-2
+            PLAYGROUND_FLUX, scope="transformer", rank=8, steps=450, batch_size=6, learning_rate=1e-2, class_count=0
         ),
     }
 )

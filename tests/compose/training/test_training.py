@@ -754,11 +754,9 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     small = Training.preset("playground", **words)
     assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("convolutions", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
-    assert (small.preserve_class, small.class_count, small.has_prior) == (True, 0, False)
-    made = Training.preset("playground", **words, class_count=40)
-    assert (made.preserve_class, made.has_prior, made.class_prompts) == (False, True, small.class_prompts)
+    assert len(small.class_prompts) == small.class_count
     own = Training.preset("playground", **words, class_images=tmp_path)
-    assert (own.preserve_class, own.class_count, own.class_prompts) == (False, 0, ("a photo of {class_word}",))
+    assert (own.class_count, own.class_prompts) == (0, ("a photo of {class_word}",))
     added = Training.preset("playground", **words, class_images=tmp_path, class_count=40)
     assert added.class_prompts == small.class_prompts
     owl = Training.preset("playground", **words | {"class_word": "owl"})
@@ -767,9 +765,7 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert small.filled("via {class_word}, a {class_word}") == "via cat, a cat"
     told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
     assert (told.class_count, told.class_prompts) == (0, ("a fox",))
-    assert not Training.preset("playground", **words, preserve_class=False).preserve_class
-    with pytest.raises(ValueError, match="preserve_class needs no class images"):
-        Training.preset("playground", **words, preserve_class=True, class_images=tmp_path)
+    assert Training.preset("playground", **words, preserve_class=True).class_count == 0
     with pytest.raises(ValueError, match="prior_batch: for the class, of which nothing is kept; give preserve_class"):
         Training.preset("sd", model="m", **words, prior_batch=2)
     with pytest.raises(ValueError, match="sample_prompts: for sample images, of which there are none"):
