@@ -387,13 +387,6 @@ def test_by_default_all_read_one_text_regions_are_isolated_at_first_and_words_of
     assert (found - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["flux"], indirect=True)
-def test_a_region_alone_is_isolated_from_nothing(family, pipe):
-    given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")[:1]}
-    found, same = (pipe(**given, method=Regional(isolate=part), generator=seeded(3)).images for part in (None, 0))
-    assert torch.equal(found, same)
-
-
 def test_texts_of_regions_need_a_transformer(tmp_path):
     with pytest.raises(ValueError, match="texts must be one of auto, shared, regions, subjects"):
         Regional(texts="own")  # pyright: ignore[reportArgumentType]
