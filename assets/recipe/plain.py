@@ -1,6 +1,7 @@
 """Plain prompts without LoRAs: a sheet, and a count of objects that the judge names, and of copies.
 
 PYTHONPATH=assets python -m recipe.plain sheet.png MODEL FLUX --judge JUDGE
+PYTHONPATH=assets python -m recipe.plain sheet.png MODEL FLUX --three
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,14 @@ PROMPTS = {  # and the classes that they name
     "a girl and a boy underwater": ("girl", "boy"),
     "a dog and a penguin in a forest": ("dog", "penguin"),
     "an owl and a tree at night": ("owl", "tree"),
+}
+THREE = {  # the scenes of the suite playground-threes, in plain words
+    "a cat, an owl and a dog on a green background": ("cat", "owl", "dog"),
+    "a bear, a woman and a robot at sunset": ("bear", "woman", "robot"),
+    "a cat, a man and a rabbit underwater": ("cat", "man", "rabbit"),
+    "a dog, a robot and an owl in a room": ("dog", "robot", "owl"),
+    "a woman, a bear and a cat at night": ("woman", "bear", "cat"),
+    "a rabbit, a dog and a man on a blue background": ("rabbit", "dog", "man"),
 }
 STEPS, GUIDANCE = 25, 5.0
 SHOWN = 6  # images of a prompt on the sheet
@@ -72,14 +81,16 @@ def main(
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
     judge: Annotated[str, typer.Option(help="The playground's, or a folder.")] = JUDGE,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
+    three: Annotated[bool, typer.Option("--three", help="Prompts of three objects, instead of one or two.")] = False,
 ) -> None:
-    """Makes images of ten prompts with every model, and counts those in which the judge names all objects."""
+    """Makes images of plain prompts with every model, and counts those in which the judge names all objects."""
+    prompts = THREE if three else PROMPTS
     detector = WindowDetector(load_encoder(judge), CLASSES)
     pipes: list[Any] = [ComposePipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []
     totals: list[list[Named]] = [[] for _ in models]
-    with bar("making images", len(PROMPTS) * len(pipes)) as on_progress:
-        for i, (prompt, classes) in enumerate(PROMPTS.items()):
+    with bar("making images", len(prompts) * len(pipes)) as on_progress:
+        for i, (prompt, classes) in enumerate(prompts.items()):
             for j, pipe in enumerate(pipes):
                 pipe.set_progress_bar_config(disable=True)
                 images = make(pipe, prompt, range(seeds))

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.commands.asked import seeds_of
-from lora_compose.compose.commands.options import SeedsOption
 from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.support.terminal import bar, echo, handle_errors, starting
 
@@ -29,7 +28,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the images and sheets; a numbered one if it exists.")] = Path(
         "outputs/demo"
     ),
-    seed: SeedsOption = None,
+    seed: Annotated[
+        list[str] | None, typer.Option(help="Seed of the start noise, repeatable: 3, or 0-7. Default: 0 and 1.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
 ) -> None:
     """Compose four scenes of the playground, offline, on the CPU.

@@ -113,15 +113,19 @@ def _drawn(text: str, total: float | None) -> Iterator[Callable[..., None]]:
 def _printed(text: str, total: float | None) -> Iterator[Callable[..., None]]:
     begun, ended = time.monotonic(), threading.Event()
     state: tuple[float, str] = (0.0, text)
+    first: tuple[float, float] | None = None
 
     def update(done: float, text: str | None = None) -> None:
-        nonlocal state
+        nonlocal state, first
+        if first is None:
+            first = done, time.monotonic() - begun
         state = done, state[1] if text is None else plain(text)
 
     def report() -> None:
         while not ended.wait(min(max(EVERY, (time.monotonic() - begun) / 20), MOST)):
             done, text = state
-            echo(progress_line(text, done, total, time.monotonic() - begun), style="dim", to=err)
+            seconds = time.monotonic() - begun
+            echo(progress_line(text, done, total, seconds, first or (0.0, 0.0)), style="dim", to=err)
 
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
@@ -132,12 +136,19 @@ def _printed(text: str, total: float | None) -> Iterator[Callable[..., None]]:
         reporter.join()
 
 
-def progress_line(text: str, done: float, total: float | None, seconds: float) -> str:
-    """One line of progress: "composing: 25 %, 0:20 so far, about 1:00 left"."""
+def progress_line(
+    text: str, done: float, total: float | None, seconds: float, first: tuple[float, float] = (0.0, 0.0)
+) -> str:
+    """One line of progress: "composing: 25 %, 0:20 so far, about 1:00 left".
+
+    `first` is what was done at the first report, and after how many seconds. The time left goes by what was done since,
+    as in a terminal: work that is resumed begins with much that is done.
+    """
     if not total:
         return f"{text}: {_clock(seconds)} so far"
     share = min(done / total, 1.0)
-    left = f", about {_clock(seconds / share - seconds)} left" if share > 0 else ""
+    since, begun = first
+    left = f", about {_clock((seconds - begun) / (done - since) * max(total - done, 0))} left" if done > since else ""
     return f"{text}: {share:.0%}, {_clock(seconds)} so far{left}"
 
 

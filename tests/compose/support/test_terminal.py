@@ -30,9 +30,9 @@ def test_progress_is_reported_in_lines_without_a_terminal(told: io.StringIO) -> 
     with bar("composing", 4) as on_progress:
         wait_for("composing: 0%, 0:00 so far\n", told)
         on_progress(1)
-        wait_for("composing: 25%, 0:00 so far, about 0:0", told)
+        wait_for("composing: 25%, 0:00 so far\n", told)
         on_progress(3, "composing, \x1b[31mthe last")
-        wait_for("composing, \\x1b[31mthe last: 75%", told)
+        wait_for("composing, \\x1b[31mthe last: 75%, 0:00 so far, about 0:0", told)
     ended = told.getvalue()
     time.sleep(0.05)
     assert told.getvalue() == ended, "nothing is told afterwards"
@@ -94,3 +94,8 @@ def test_the_time_left_in_a_terminal_is_by_all_of_the_work_so_far(monkeypatch: p
 )
 def test_a_line_says_how_much_is_done_and_left(done: float, total: float | None, seconds: float, line: str) -> None:
     assert progress_line("training", done, total, seconds) == line
+
+
+def test_the_time_left_of_resumed_work_goes_by_what_was_done_since() -> None:
+    assert progress_line("training", 60, 100, 30.0, first=(50, 10.0)) == "training: 60%, 0:30 so far, about 1:20 left"
+    assert progress_line("training", 50, 100, 30.0, first=(50, 10.0)) == "training: 50%, 0:30 so far"
