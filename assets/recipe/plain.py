@@ -18,9 +18,10 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
-from recipe.world import CLASSES
+from recipe.suites import HELD_BACK_SQUARES, Place, threes
+from recipe.world import CHARACTERS, CLASSES
 
-PROMPTS = {  # and the classes that they name
+PROMPTS: dict[str, tuple[str, ...]] = {  # and the classes that they name
     "a cat on grass": ("cat",),
     "a penguin in snow": ("penguin",),
     "a woman dressed as a farmer in a room": ("woman",),
@@ -32,14 +33,12 @@ PROMPTS = {  # and the classes that they name
     "a dog and a penguin in a forest": ("dog", "penguin"),
     "an owl and a tree at night": ("owl", "tree"),
 }
-THREE = {  # the scenes of the suite playground-threes, in plain words
-    "a cat, an owl and a dog on a green background": ("cat", "owl", "dog"),
-    "a bear, a woman and a robot at sunset": ("bear", "woman", "robot"),
-    "a cat, a man and a rabbit underwater": ("cat", "man", "rabbit"),
-    "a dog, a robot and an owl in a room": ("dog", "robot", "owl"),
-    "a woman, a bear and a cat at night": ("woman", "bear", "cat"),
-    "a rabbit, a dog and a man on a blue background": ("rabbit", "dog", "man"),
+THREE = {
+    Place(tuple(f"+{word}" for word in words), place.ground).prompt: words
+    for place in threes(HELD_BACK_SQUARES)
+    if (words := tuple(CHARACTERS[name].class_word for name in place.names))
 }
+"""The scenes of the suite playground-threes, without triggers."""
 STEPS, GUIDANCE = 25, 5.0
 SHOWN = 6  # images of a prompt on the sheet
 

@@ -153,7 +153,8 @@ def _pairs(text: str, boxes: tuple[Box, ...] = ()) -> list[Place]:
     return [Place((one, two), ground, boxes) for one, two, ground in (line.split(" ", 2) for line in _lines(text))]
 
 
-def _threes(text: str, boxes: tuple[Box, ...] = (), size: tuple[int, int] | None = None) -> list[Place]:
+def threes(text: str, boxes: tuple[Box, ...] = (), size: tuple[int, int] | None = None) -> list[Place]:
+    """Scenes of three concepts, a line each: their names, and the end of the prompt."""
     split = (line.split(" ", 3) for line in _lines(text))
     return [Place((one, two, three), ground, boxes, size) for one, two, three, ground in split]
 
@@ -337,7 +338,7 @@ SUITES = (
     Suite(
         "playground-full",
         "Twenty pairs, three scenes of one class and five scenes of three, two seeds each; all methods but freefuse.",
-        [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+        [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *threes(THREES, THIRDS)],
         f"""merge
 {{name: "merge, tara LoRAs", method: merge, lora: tara}}
 switch
@@ -373,7 +374,7 @@ lora-composer
                 one._replace(title=f"small {one.names[0]} and {one.names[1]}")
                 for one in _pairs("rabbit mira on grass\ndog bear on sand", SMALL)
             ),
-            *_threes(
+            *threes(
                 "cat dog rabbit on grass\nbear omar robot on a gray background\nrobot kitten dog on sand",
                 APART[:3],
                 WIDE,
@@ -400,7 +401,7 @@ lora-composer
         "playground-words",
         "Pairs, two of one class and a scene of three by words alone, without boxes: CLoRA, the authors' settings, and "
         "every part of it changed.",
-        [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes("cat dog rabbit on grass", size=WIDE)],
+        [*_pairs(TEN), *_pairs(ONE_CLASS), *threes("cat dog rabbit on grass", size=WIDE)],
         """merge
 clora
 {name: official, method: "clora:official"}
@@ -422,7 +423,7 @@ clora
         "playground-draft",
         "Scenes, places and seeds that no setting of the draft was chosen by: pairs, one class and three concepts, "
         "without boxes.",
-        [*_pairs(HELD_BACK), *_pairs(HELD_BACK_ONE_CLASS), *_threes(HELD_BACK_THREES, size=WIDE)],
+        [*_pairs(HELD_BACK), *_pairs(HELD_BACK_ONE_CLASS), *threes(HELD_BACK_THREES, size=WIDE)],
         """merge
 clora
 draft
@@ -434,7 +435,7 @@ freefuse
         "playground-draft-parts",
         "Each setting of the draft by itself, in scenes that its settings may be chosen by: pairs, one class and three "
         "concepts, without boxes.",
-        [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes(THREES, size=WIDE)],
+        [*_pairs(TEN), *_pairs(ONE_CLASS), *threes(THREES, size=WIDE)],
         """draft
 {name: no bias, method: draft, settings: {reading: scene, bias: 0}}
 {name: half of the bias, method: draft, settings: {reading: scene, bias: 0.5}}
@@ -449,7 +450,7 @@ freefuse
     Suite(
         "playground-threes",
         "Three concepts on a square canvas, in scenes and seeds that no setting was chosen by.",
-        _threes(HELD_BACK_SQUARES, THIRDS),
+        threes(HELD_BACK_SQUARES, THIRDS),
         f"merge\n{IN_COLUMNS}\n{FREE_DRAFT}\n{_free('three drafts', 'drafts: 3')}",
         seeds=(40, 41, 42, 43),
     ),
@@ -457,7 +458,7 @@ freefuse
         "playground-threes-parts",
         "Three concepts on a square canvas, in scenes that settings may be chosen by: what a column for each reaches, "
         "and what helps draft without boxes.",
-        _threes(TRIED_THREES, THIRDS),
+        threes(TRIED_THREES, THIRDS),
         "\n".join(
             [
                 FREE_DRAFT,
@@ -509,7 +510,7 @@ freefuse
         "playground-flux",
         "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its "
         "own.",
-        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *threes(THREES, THIRDS)],
         f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
         model="playground-flux",
     ),
@@ -517,7 +518,7 @@ freefuse
         "playground-flux-draft",
         "The transformer of the playground, in scenes, places and seeds that no setting was chosen by: pairs, one "
         "class and three concepts on a square canvas. regional and one draft get a column for each concept.",
-        [*_pairs(HELD_BACK, HALVES), *_pairs(HELD_BACK_ONE_CLASS, HALVES), *_threes(HELD_BACK_SQUARES, THIRDS)],
+        [*_pairs(HELD_BACK, HALVES), *_pairs(HELD_BACK_ONE_CLASS, HALVES), *threes(HELD_BACK_SQUARES, THIRDS)],
         f"merge\n{IN_COLUMNS}\n{FREE_DRAFT}\n{PUBLISHED}",
         seeds=(40, 41, 42, 43),
         model="playground-flux",
@@ -537,7 +538,7 @@ freefuse
     Suite(
         "playground-flux-parts",
         "The transformer of the playground: each part of composing alone, in scenes that settings may be chosen by.",
-        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(TRIED_THREES, THIRDS)],
+        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *threes(TRIED_THREES, THIRDS)],
         PARTS_IN_ONE_SEQUENCE,
         seeds=(10, 11),
         baseline="draft",
