@@ -68,7 +68,7 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
             time.sleep(0.2)
             if (now := time.monotonic()) >= next_look:
                 on_look()
-                next_look = now + 10 * (time.monotonic() - now)  # it may look at very many files
+                next_look = now + 1 + 10 * (time.monotonic() - now)  # it may look at very many files
             for process in [process for process in running if process.poll() is not None]:
                 running.remove(process)
                 if process.returncode < 0:

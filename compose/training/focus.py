@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 @dataclass
 class Focus:
-    """The mask of the batch that is being computed: 1 at the trigger's tokens. Shape: [rows, tokens, 1]."""
+    """The mask of the batch that is being computed: 1 at the trigger's tokens. Shape: [rows, tokens, 1].
+
+    Attributes:
+        in_training: Whether batches of the training are masked; sample images always are, as in inference.
+    """
 
     mask: Tensor | None = None
+    in_training: bool = True
 
 
 class FocusedLinear(nn.Linear):
@@ -38,9 +43,9 @@ class FocusedLinear(nn.Linear):
         return output * mask.to(output.dtype)
 
 
-def focus_on_triggers(network: nn.Module, adapter: str) -> Focus:
+def focus_on_triggers(network: nn.Module, adapter: str, *, in_training: bool = True) -> Focus:
     """Puts a mask on an adapter's keys and values of cross-attention, and returns where to set it."""
-    focus = Focus()
+    focus = Focus(in_training=in_training)
     for name, layer in network.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(layer, LoraLayer) and adapter in layer.lora_B:
             second = layer.lora_B[adapter]

@@ -79,7 +79,7 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch; concept and class are separated before any is computed."""
         if self.focus is not None:
-            self.focus.mask = batch.mask
+            self.focus.mask = batch.mask if self.focus.in_training else torch.ones_like(batch.mask)
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.times)
         target = self.noising.target(batch.latents, batch.noise, batch.times)
         if self.preserves:

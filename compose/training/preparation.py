@@ -49,7 +49,7 @@ class TrainingData:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The LoRA in the network, where its token mask is set, and its alignment loss; None without these."""
+    """The LoRA in the network, where its token mask is set (with TARA), and its alignment loss; None without these."""
 
     config: LoraConfig
     focus: Focus | None = None
@@ -129,7 +129,7 @@ def adapt(base: Base, settings: Training, rows: WordFeatures | None) -> Adapter:
         network.compile_repeated_blocks(dynamic=False)
     if tara is None:
         return Adapter(config)
-    focus = focus_on_triggers(network, ADAPTER) if tara.token_mask == "training" else None
+    focus = focus_on_triggers(network, ADAPTER, in_training=tara.token_mask == "training")
     if rows is None:
         return Adapter(config, focus)
     alignment = Alignment.of(network, ADAPTER, rows, tara.align_norm)

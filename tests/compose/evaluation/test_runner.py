@@ -555,7 +555,7 @@ def test_a_process_that_was_killed_is_reported_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     looks: list[float] = []
-    code = _launched(tmp_path, monkeypatch, "time.sleep(1)", KILLED, look=lambda: looks.append(time.monotonic()))
+    code = _launched(tmp_path, monkeypatch, "time.sleep(2)", KILLED, look=lambda: looks.append(time.monotonic()))
     assert code == 0
     assert len(looks) >= 2
     told = capsys.readouterr().err

@@ -41,6 +41,7 @@ from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.checkpoint import CheckpointError, FullError, load_checkpoint
 from lora_compose.compose.training.command import INTERRUPTED
 from lora_compose.compose.training.data import DataError
+from lora_compose.compose.training.focus import FocusedLinear
 from lora_compose.compose.training.model import open_base, preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
@@ -697,21 +698,26 @@ def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -
     assert any(not torch.equal(first[key], without[key]) for key in first)
 
 
-def test_samples_are_painted_and_change_nothing(
-    begin: Callable[..., Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("token_mask", ["training", "inference"])
+def test_samples_are_painted_with_the_mask_of_inference_and_change_nothing(
+    begin: Callable[..., Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token_mask: Any
 ) -> None:
-    generate = UNetBase.generate
+    generate, tara, masks = UNetBase.generate, TaraTraining(token_mask=token_mask), []
 
     def in_two_steps(base: Any, accelerator: Any, prompts: Any, noise: Any, steps: int, *others: Any) -> Any:
+        layers = [layer for layer in base.network.modules() if isinstance(layer, FocusedLinear)]
+        masks.append([layer.focus.mask[-1].sum().item() for layer in layers if layer.focus.mask is not None])
         return generate(base, accelerator, prompts, noise, 2, *others)
 
     monkeypatch.setattr(UNetBase, "generate", in_two_steps)
-    plain = train(begin("sd", tara=TARA, steps=2, out=tmp_path / "plain.safetensors"))
+    plain = train(begin("sd", tara=tara, steps=2, out=tmp_path / "plain.safetensors"))
     prompts = ("a sks cat",)
-    settings = begin("sd", tara=TARA, steps=2, sample_every=1, sample_prompts=prompts)
+    settings = begin("sd", tara=tara, steps=2, sample_every=1, sample_prompts=prompts)
     train(settings)
     names = sorted(path.name for path in (tmp_path / "cat-samples").iterdir())
     assert names == ["000001-0.png", "000002-0.png"]
+    assert len(masks) == 2
+    assert all(of_layers and set(of_layers) == {1} for of_layers in masks)  # the trigger is one token
     assert same(plain, settings.out)
 
 
