@@ -222,6 +222,9 @@ def show_following(votes: Path, folder: Path) -> None:
         interval = f"({row['low']:.2f} … {row['high']:.2f})"
         table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
     console.print(table)
+    *by_method, every = agreeing(votes, folder).to_dict("records")
+    each = "; ".join(f"{row['method']} {row['same']} of {row['images']}" for row in by_method)
+    echo(f"success agrees with you, both subjects right or not, on {every['same']} of {every['images']} images: {each}")
     write_text(to := votes / FOLLOWING, str(agreement.to_csv(index=False, lineterminator="\n")))
     echo("The number to read is the one that follows best. Two whose intervals overlap may be equally good.")
     if unmeasured := agreement.loc[agreement["images"] == 0, "title"].tolist():
@@ -238,12 +241,8 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
     Metrics that no image has come last, with 0 images and NaN. Raises ValueError if the votes are not on images of this
     evaluation, or all of them are the same, and FileError if there is no evaluation, or a file is damaged.
     """
-    verdicts, files = read_votes(votes)[1], read_files(votes)
-    images = load(folder).images.set_index("file")
-    if lost := [file for file in files.values() if file not in images.index]:
-        raise ValueError(f"{votes} has votes on {lost[0]}, which is no scored image of the evaluation in {folder}")
-    voted = images.loc[[files[number] for number in verdicts]]
-    eye = [_ORDER.index(verdict) for verdict in verdicts.values()]
+    voted, verdicts = _voted(votes, folder)
+    eye = [_ORDER.index(verdict) for verdict in verdicts]
     if len(set(eye)) < 2:
         raise ValueError(f"all votes in {votes} are the same, so no number can follow them")
     groups = list(zip(voted["scene"], voted["seed"], strict=True))
@@ -257,6 +256,27 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
         ends = {"follows": agreement.mean, "low": agreement.low, "high": agreement.high, "images": len(kept)}
         rows.append({"metric": metric.key, "title": metric.title, **ends})
     return pd.DataFrame(rows).sort_values("follows", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def agreeing(votes: Path, folder: Path) -> pd.DataFrame:
+    """A row per method and one for all: `same` of `images` in which success is 1 where the vote is "both", else 0.
+
+    Raises what `following` raises for votes that are not on images of this evaluation.
+    """
+    voted, verdicts = _voted(votes, folder)
+    same = voted["success"].to_numpy(float) == np.array([verdict == "both" for verdict in verdicts])
+    counted = pd.DataFrame({"method": voted["arm"].to_numpy(), "same": same})
+    table = counted.groupby("method", sort=False)["same"].agg(same="sum", images="count").reset_index()
+    return pd.concat([table, pd.DataFrame([{"method": "all", "same": same.sum(), "images": len(same)}])])
+
+
+def _voted(votes: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of an evaluation's images that were voted on, and the votes; errors are those of `following`."""
+    verdicts, files = read_votes(votes)[1], read_files(votes)
+    images = load(folder).images.set_index("file")
+    if lost := [file for file in files.values() if file not in images.index]:
+        raise ValueError(f"{votes} has votes on {lost[0]}, which is no scored image of the evaluation in {folder}")
+    return images.loc[[files[number] for number in verdicts]], list(verdicts.values())
 
 
 def follows(

@@ -17,6 +17,7 @@ from evaluations import TRUTH, Seen, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.blind import read_votes
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
+from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.evaluation.votes import following, follows, read_files
 from snippets import ROOT
 
@@ -95,6 +96,10 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     assert "Worst concept" in printed
     assert "1.00 (1.00 … 1.00)" in " ".join(printed.replace("│", " ").split())
     assert re.search(r"No voted image has .*Style, .*ArcFace: evaluate run --metrics", " ".join(printed.split()))
+    right = dict(zip(*(load(folder).images.query("arm == 'merge'")[it] for it in ("seed", "success")), strict=True))
+    as_voted = sum(success == (seed >= 5) for seed, success in right.items())
+    assert 0 < as_voted < 6, "otherwise the next line would say little"
+    assert f"on {as_voted} of 6 images: merge {as_voted} of 6" in " ".join(printed.split())
     written = pd.read_csv(out / "following.csv")
     assert written.set_index("metric")["follows"].to_dict() == pytest.approx(found, nan_ok=True)
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},both\n" for n in files))
