@@ -33,10 +33,11 @@ WORDS = {name: (known.trigger, known.class_word) for name, known in CHARACTERS.i
 
 
 class Preserve(StrEnum):
-    """How a training keeps the class: class images, the concept's own captions without the trigger, or not at all."""
+    """What a training keeps: class images, its captions without the trigger, the empty caption alone, or nothing."""
 
     IMAGES = "images"
     CAPTIONS = "captions"
+    EMPTY = "empty"
     NONE = "none"
 
 
@@ -61,12 +62,14 @@ def main(
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
         how = Preserve.NONE if name == STYLE else preserve
+        prior_batch = {"prior_batch": 1} if how is Preserve.EMPTY else {}  # half of the rows that `captions` has
         for each in kind or KINDS:
             settings = Training.preset(
                 preset, images=references / name, class_images=prior / class_word if how is Preserve.IMAGES else None,
-                class_count=0, preserve_class=how is Preserve.CAPTIONS, trigger=trigger, class_word=class_word,
+                class_count=0, preserve_class=how is Preserve.CAPTIONS, preserve_empty=how is Preserve.EMPTY,
+                trigger=trigger, class_word=class_word,
                 model=model, out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors",
-                **KINDS[each], **given,
+                **KINDS[each], **prior_batch, **given,
             )  # fmt: skip
             if settings.out.exists():
                 continue

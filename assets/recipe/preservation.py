@@ -26,17 +26,19 @@ from recipe.loras import Preserve
 from recipe.suites import HALVES, Place
 from recipe.world import CHARACTERS, article
 
-METHODS = ("merge", "draft")
+METHODS = ("merge", "draft", "regional")
 GROUNDS = ("on grass", "in snow", "in a room", "on a white background")
 
 
 def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict[str, Any]:
     """The suite with the concepts of which there is a LoRA of each kind, in pairs, and each method with each kind.
 
+    Kinds are those of the folders in `trained`.
+
     Raises:
         ValueError: If there are not two such concepts.
     """
-    kinds = [kind.value for kind in Preserve]
+    kinds = [kind.value for kind in Preserve if (trained / kind).is_dir()] or [kind.value for kind in Preserve]
     concepts: list[dict[str, Any]] = []
     for concept in suite["concepts"]:
         files = {kind: (trained / kind / f"{concept['name']}.safetensors").resolve() for kind in kinds}
@@ -52,7 +54,7 @@ def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict
     ]  # fmt: skip
     scenes = [*_pairs(names), *(_beside_its_class(name, ground) for name in names for ground in GROUNDS[:2])]
     changed = {"name": "preservation", "concepts": concepts, "scenes": scenes, "methods": methods}
-    return {**suite, **changed, "baseline": f"draft, {Preserve.IMAGES.value}", "model": model or suite["model"]}
+    return {**suite, **changed, "baseline": f"draft, {kinds[0]}", "model": model or suite["model"]}
 
 
 def _pairs(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -76,7 +78,7 @@ def _beside_its_class(name: str, ground: str) -> dict[str, Any]:
 @handle_errors()
 def main(
     suite: Path,
-    trained: Annotated[Path, typer.Argument(help="Has a folder of LoRAs for each kind: none, images, captions.")],
+    trained: Annotated[Path, typer.Argument(help="Has folders of LoRAs by kind: images, captions, empty, none.")],
     out: Annotated[Path, typer.Argument(help="The suite to write.")],
     model: Annotated[str | None, typer.Option(help="The model that the LoRAs are for, if not the suite's.")] = None,
 ) -> None:

@@ -60,6 +60,12 @@ def train(
         bool,
         _prior("--preserve-class", help="Keep what the model makes of the captions without the trigger; no images."),
     ] = False,
+    preserve_empty: Annotated[
+        bool,
+        _prior(
+            "--preserve-empty", help="Keep what it makes of the empty caption, on which guidance stands; no images."
+        ),
+    ] = False,
     class_images: Annotated[Path | None, _prior(help="A folder with images of the class.")] = None,
     class_prompts: Annotated[
         list[str] | None,

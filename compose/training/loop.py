@@ -231,6 +231,10 @@ class _Trainer:
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
+    if settings.preserve_empty and base.unconditional is None:
+        raise ValueError(
+            "preserve_empty keeps what unconditional rows of guidance read, and this model has none; use preserve_class"
+        )
     noising, captioned = base.noising(settings.high_noise), read_captioned(base, settings)
     # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it, nor for both.
     cast(base.network, _PRECISIONS[settings.mixed_precision])
@@ -240,9 +244,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     trained = {name: each for name, each in lora_parameters(base.network).items() if each.requires_grad}
     logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained.values()))
     weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
-    learner = Learner(
-        base.network, noising, weights, adapter.focus, adapter.alignment, preserves=settings.preserve_class
-    )
+    learner = Learner(base.network, noising, weights, adapter.focus, adapter.alignment, preserves=settings.preserves)
     learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
     batches = batches_of(
         data.concept,

@@ -91,11 +91,13 @@ def _encoded(
     triggers = {caption: words.trigger for caption, words in captioned.words.items()} if tara else {}
     concept = encode_images(base, captioned.images, triggers, captioned.side)
     prior = encode_images(base, class_images, {}, captioned.side) if class_images else None
-    if settings.preserve_class:
-        about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in captioned.images]
+    if settings.preserves:
+        images, preserved = captioned.images, []
+        if settings.preserve_class:
+            preserved += [replace(it, caption=class_caption(it.caption, settings.concept)) for it in images]
         if base.unconditional is not None:  # guidance takes the unconditional prediction off, LoRA included
-            about_class += [replace(it, caption=base.unconditional) for it in captioned.images]
-        prior = of_class(base, concept, about_class, captioned.side)
+            preserved += [replace(it, caption=base.unconditional) for it in images]
+        prior = of_class(base, concept, preserved, captioned.side)
     if prior is not None:
         concept, prior = of_one_length(concept, prior)
     rows = None

@@ -113,8 +113,9 @@ class Training(Frozen):
         preserve_class: Prior preservation without class images: for the concept's own images, captioned without the
             trigger, the LoRA is to predict what the base model predicts (differential output preservation). Where
             guidance has unconditional rows, so it is for the same images with their empty caption.
+        preserve_empty: The same for the empty caption alone, on which guidance stands.
         class_images: A folder with images of the class without the concept, for prior preservation, captioned like
-            `images`. None with `class_count` 0 and without `preserve_class`: no prior preservation.
+            `images`. None with `class_count` 0, without `preserve_class` and `preserve_empty`: no prior preservation.
         class_prompts: The captions of class images that have none, and the prompts of those that the model makes.
         class_count: Missing class images are made by the model, up to this number, into `class_images` (or a folder
             beside `out`).
@@ -160,6 +161,7 @@ class Training(Frozen):
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     preserve_class: bool = False
+    preserve_empty: bool = False
     class_images: Path | None = None
     class_prompts: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of {class_word}",)
     class_count: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -194,18 +196,18 @@ class Training(Frozen):
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in overrides:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        others = overrides.get("preserve_class") or overrides.get("references")
+        others = any(overrides.get(name) for name in ("preserve_class", "preserve_empty", "references"))
         own = overrides.get("class_images") is not None or others
         if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
             if overrides.get("class_images") is not None and "class_prompts" not in overrides:
                 fields.pop("class_prompts", None)  # the preset's prompts describe generated images
         made = cls(**fields)
-        unread = [name for name in _OF_PRIOR if name in overrides and not (made.preserve_class or made.has_prior)]
+        unread = [name for name in _OF_PRIOR if name in overrides and not (made.preserves or made.has_prior)]
         if unread:
             raise ValueError(
-                f"{', '.join(unread)}: for the class, of which nothing is kept; give preserve_class, class_images or "
-                "class_count too"
+                f"{', '.join(unread)}: for the class, of which nothing is kept; give preserve_class, preserve_empty, "
+                "class_images or class_count too"
             )
         if "sample_prompts" in overrides and not made.sample_every:
             raise ValueError("sample_prompts: for sample images, of which there are none; give sample_every too")
@@ -226,8 +228,11 @@ class Training(Frozen):
             raise ValueError(f"out must end with .safetensors, not {self.out.name!r}")
         if self.dora and self.tara is not None:
             raise ValueError("tara aligns the keys of plain LoRAs; leave dora out, or tara")
-        if self.preserve_class and self.has_prior:
-            raise ValueError("preserve_class needs no class images; leave class_images and class_count out, or it")
+        if self.preserve_class and self.preserve_empty:
+            raise ValueError("preserve_class keeps the empty caption, too; leave preserve_empty out, or it")
+        if self.preserves and self.has_prior:
+            name = "preserve_class" if self.preserve_class else "preserve_empty"
+            raise ValueError(f"{name} needs no class images; leave class_images and class_count out, or it")
         if self.references and self.has_prior:
             raise ValueError(
                 "images of the class have no reference images; keep the class with preserve_class, which needs none, "
@@ -256,6 +261,11 @@ class Training(Frozen):
     def method(self) -> str:
         """The method that the file names as its training."""
         return "dreambooth" if self.tara is None else "tara"
+
+    @property
+    def preserves(self) -> bool:
+        """Whether predictions of the base model are kept for other captions of the concept's images."""
+        return self.preserve_class or self.preserve_empty
 
     @property
     def has_prior(self) -> bool:

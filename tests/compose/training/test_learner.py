@@ -112,19 +112,20 @@ def test_what_is_trained_stays_so_also_after_a_failure() -> None:
     assert [weight.requires_grad for weight in lora_parameters(unet).values()] == trained
 
 
-def test_a_training_changes_the_class_less(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kept", "caption"), [("preserve_class", "a photo of cat"), ("preserve_empty", "")])
+def test_a_training_changes_what_is_kept_less(tmp_path: Path, kept: str, caption: str) -> None:
     paint_folder(tmp_path / "images")
     sd_pipeline().save_pretrained(tmp_path / "model")
     plain: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     batch = batch_of(plain.unet)
     with torch.no_grad():
-        text = plain.encode_prompt("a photo of cat", "cpu", 1, False)[0].expand(3, -1, -1)
+        text = plain.encode_prompt(caption, "cpu", 1, False)[0].expand(3, -1, -1)
         batch = batch._replace(text=text)
         before = predicted(plain.unet, batch, slice(None))
         changes = []
         for preserve in (False, True):
             out = tmp_path / f"{preserve}.safetensors"
-            fields: dict[str, Any] = {"steps": 8, "prior_weight": 10.0, "preserve_class": preserve, "tara": TARA}
+            fields: dict[str, Any] = {"steps": 8, "prior_weight": 10.0, kept: preserve, "tara": TARA}
             with torch.enable_grad():
                 train(training(tmp_path, tmp_path / "model", out=out, **fields))
             plain.load_lora_weights(out)

@@ -419,6 +419,19 @@ def test_the_class_is_kept_in_unconditional_rows_too(
         assert prior.by_image["time_ids"].shape[0] == len(prior)
 
 
+def test_the_empty_caption_alone_is_kept(begin: Callable[..., Training], models: dict[str, Path]) -> None:
+    both, alone = (
+        encode(base, read_captioned(base, asked), asked, Accelerator(cpu=True)).prior
+        for base in (base_of(opened(models, "sd")),)
+        for asked in (begin("sd", preserve_class=True), begin("sd", preserve_empty=True))
+    )
+    assert both is not None
+    assert alone is not None
+    of_empty = both.caption.chunk(2)[1]
+    assert len(alone) == len(of_empty)
+    assert torch.equal(alone.text[alone.caption], both.text[of_empty])
+
+
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
     together = train(begin(batch_size=4, steps=2, tara=APART, out=tmp_path / "together.safetensors"))
     split = train(begin(batch_size=1, steps=2, accumulate=4, tara=APART))
@@ -741,6 +754,8 @@ def test_samples_are_painted_with_the_mask_of_inference_and_change_nothing(
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"steps": 0}, "steps"),
         ({"preserve_class": True, "class_count": 3}, "preserve_class needs no class images"),
+        ({"preserve_empty": True, "class_count": 3}, "preserve_empty needs no class images"),
+        ({"preserve_class": True, "preserve_empty": True}, "leave preserve_empty out"),
         ({"speed": 1}, "speed"),
     ],
 )
@@ -772,6 +787,8 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
     assert (told.class_count, told.class_prompts) == (0, ("a fox",))
     assert Training.preset("playground", **words, preserve_class=True).class_count == 0
+    empty = Training.preset("playground", **words, preserve_empty=True, prior_batch=1)
+    assert (empty.class_count, empty.prior_batch) == (0, 1)
     with pytest.raises(ValueError, match="prior_batch: for the class, of which nothing is kept; give preserve_class"):
         Training.preset("sd", model="m", **words, prior_batch=2)
     with pytest.raises(ValueError, match="sample_prompts: for sample images, of which there are none"):

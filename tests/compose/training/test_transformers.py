@@ -194,6 +194,13 @@ def test_unconditional_rows_are_kept_where_guidance_has_them(family: str, empty:
     assert len(material.prior) == len(material.concept) * (1 + empty)
 
 
+@pytest.mark.parametrize("family", ["FLUX.1"], indirect=True)
+def test_no_empty_caption_is_kept_where_guidance_has_none(family: str, folder: Path) -> None:
+    opened(family).save_pretrained(folder / "model")
+    with pytest.raises(ValueError, match="this model has none; use preserve_class"):
+        train(training(folder, folder / "model", resolution=SIDE, preserve_empty=True))
+
+
 @pytest.mark.parametrize("family", slow_but(["FLUX.1"], TRAINED), indirect=True)
 def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> None:
     pipe = opened(family)
