@@ -83,7 +83,8 @@ def main(
     model: Annotated[str | None, typer.Option(help="The model that the LoRAs are for, if not the suite's.")] = None,
 ) -> None:
     """Writes the suite."""
-    text = yaml.safe_dump(compared(yaml.safe_load(suite.read_text("utf-8")), trained, model), sort_keys=False)
+    made = compared(yaml.safe_load(suite.read_text("utf-8")), trained, model) | {"name": out.stem}
+    text = yaml.safe_dump(made, sort_keys=False)
     out.write_text(text, "utf-8")
     echo(out)
 
