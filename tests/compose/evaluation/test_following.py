@@ -107,6 +107,16 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     assert "are the same, so no number can follow them" in " ".join(refused.split())
 
 
+@pytest.mark.parametrize("folder", ["votes-unet", "votes-transformer"])
+def test_the_votes_in_the_docs_are_those_of_their_files(folder: str) -> None:
+    key, votes = read_votes(ROOT / "docs" / folder)
+    counts = pd.crosstab(pd.Series(key)[list(votes)], pd.Series(votes))
+    rows = {line for line in (ROOT / "docs" / "evaluation.md").read_text("utf-8").splitlines() if line[:1] == "|"}
+    for method, row in counts.to_dict("index").items():
+        shown = f"| {row['both']} | {row['one']} | {row['none']} | {sum(row.values())} |"
+        assert any(line.endswith(shown) and str(method).split(",")[0] in line for line in rows), (method, shown)
+
+
 def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
     folder = ROOT / "docs" / "votes"
     written = pd.read_csv(folder / "following.csv")
