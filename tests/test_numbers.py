@@ -74,11 +74,27 @@ def test_shares_of_the_overview_of_methods_are_those_of_the_full_suite():
         assert said == f"{full[method]:.0%}".replace("%", " %"), name
 
 
+def test_shares_of_the_held_back_scenes_are_those_of_their_tables():
+    unet, transformer = (
+        successes("docs/methods/draft.md", f"**`{suite}`**") for suite in ("playground-draft", "playground-flux-draft")
+    )
+    expected = [unet["draft"], unet["alone"], unet["clora"], unet["merge"], transformer["draft"]]
+    said = re.search(r"In scenes and seeds that chose nothing.*?\[results\]", text_of("docs/methods/README.md"))
+    assert said is not None
+    assert re.findall(r"(\d+) %", said[0]) == [f"{100 * share:.0f}" for share in expected]
+
+
 @pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
-def test_the_share_of_three_subjects_is_that_of_the_table(page):
-    found = re.search(r"`draft` (?:gets three in )?([\d.]+) \(\[table\]", text_of(page))
+def test_the_shares_of_three_subjects_are_those_of_the_tables(page):
+    said = (
+        r"`draft` (?:gets three in )?{0}, and in held-back scenes(?: in)? {0} on a square canvas and {0} on a wide one"
+    )
+    found = re.search(said.format(r"([\d.]+)"), text_of(page))
     assert found is not None
-    assert float(found[1]) == successes("docs/methods/draft.md", "**`playground-full`**", 5)["draft"]
+    tables = {"**`playground-full`**": 5, "**Three on a square canvas**": 1, "**`playground-draft`**": 5}
+    assert [float(number) for number in found.groups()] == [
+        successes("docs/methods/draft.md", heading, column)["draft"] for heading, column in tables.items()
+    ]
 
 
 @pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
