@@ -117,6 +117,20 @@ def test_the_votes_in_the_docs_are_those_of_their_files(folder: str) -> None:
         assert any(line.endswith(shown) and str(method).split(",")[0] in line for line in rows), (method, shown)
 
 
+def test_the_readme_counts_votes_as_the_files_do() -> None:
+    said = re.search(
+        r"right in (\d+) of 52 images .* and in (none) where .* FLUX.1 in (\d+), and in (\d+) ",
+        " ".join((ROOT / "README.md").read_text("utf-8").split()),
+    )
+    assert said is not None
+    counted = []
+    for folder in ("votes-unet", "votes-transformer"):
+        key, votes = read_votes(ROOT / "docs" / folder)
+        for method in ("draft", "merge"):
+            counted.append(sum(votes[number] == "both" for number, its in key.items() if its == method))
+    assert [0 if number == "none" else int(number) for number in said.groups()] == counted
+
+
 def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
     folder = ROOT / "docs" / "votes"
     written = pd.read_csv(folder / "following.csv")
