@@ -222,9 +222,15 @@ def show_following(votes: Path, folder: Path) -> None:
         interval = f"({row['low']:.2f} … {row['high']:.2f})"
         table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
     console.print(table)
-    *by_method, every = agreeing(votes, folder).to_dict("records")
-    each = "; ".join(f"{row['method']} {row['same']} of {row['images']}" for row in by_method)
-    echo(f"success agrees with you, both subjects right or not, on {every['same']} of {every['images']} images: {each}")
+    by_method = agreeing(votes, folder)
+    images, same, milder = (
+        sum(getattr(it, name) for it in by_method.values()) for name in ("images", "same", "milder")
+    )
+    each = "; ".join(f"{method} {it.same} of {it.images}" for method, it in by_method.items())
+    echo(
+        f"success agrees with you, both subjects right or not, on {same} of {images} images: {each}. "
+        f"Of the {images - same} others it calls {milder} right that you do not."
+    )
     write_text(to := votes / FOLLOWING, str(agreement.to_csv(index=False, lineterminator="\n")))
     echo("The number to read is the one that follows best. Two whose intervals overlap may be equally good.")
     if unmeasured := agreement.loc[agreement["images"] == 0, "title"].tolist():
@@ -258,16 +264,25 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("follows", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def agreeing(votes: Path, folder: Path) -> pd.DataFrame:
-    """A row per method and one for all: `same` of `images` in which success is 1 where the vote is "both", else 0.
+@dataclass(frozen=True)
+class Agreement:
+    """On how many `images` success and votes say the `same`, and on how many only success says right (`milder`)."""
 
-    Raises what `following` raises for votes that are not on images of this evaluation.
-    """
+    images: int
+    same: int
+    milder: int
+
+
+def agreeing(votes: Path, folder: Path) -> dict[str, Agreement]:
+    """How often success and the votes agree, by method; errors are those of `following`."""
     voted, verdicts = _voted(votes, folder)
-    same = voted["success"].to_numpy(float) == np.array([verdict == "both" for verdict in verdicts])
-    counted = pd.DataFrame({"method": voted["arm"].to_numpy(), "same": same})
-    table = counted.groupby("method", sort=False)["same"].agg(same="sum", images="count").reset_index()
-    return pd.concat([table, pd.DataFrame([{"method": "all", "same": same.sum(), "images": len(same)}])])
+    by_method: dict[str, list[tuple[bool, bool]]] = {}
+    for method, success, verdict in zip(voted["arm"], voted["success"], verdicts, strict=True):
+        by_method.setdefault(method, []).append((bool(success), verdict == "both"))
+    return {
+        method: Agreement(len(pairs), sum(a == b for a, b in pairs), sum(a and not b for a, b in pairs))
+        for method, pairs in by_method.items()
+    }
 
 
 def _voted(votes: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
