@@ -7,6 +7,7 @@ for how in none images captions; do
 done
 python -m recipe.preservation assets/suites/playground-full.yaml trained preservation.yaml --model MODEL
 # of the transformer: --preset playground-flux for the former, assets/suites/playground-flux.yaml for the latter
+# a further kind where guidance has unconditional rows: empty
 lora-compose evaluate preservation.yaml --out outputs/evaluation/preservation
 
 Every pair of the concepts that were trained stands in each of four places, and each concept beside a plain subject of
@@ -53,7 +54,7 @@ def compared(suite: Mapping[str, Any], trained: Path, model: str | None) -> dict
         for method in METHODS for kind in kinds
     ]  # fmt: skip
     scenes = [*_pairs(names), *(_beside_its_class(name, ground) for name in names for ground in GROUNDS[:2])]
-    changed = {"name": "preservation", "concepts": concepts, "scenes": scenes, "methods": methods}
+    changed = {"concepts": concepts, "scenes": scenes, "methods": methods}
     return {**suite, **changed, "baseline": f"draft, {kinds[0]}", "model": model or suite["model"]}
 
 

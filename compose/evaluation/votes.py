@@ -207,7 +207,8 @@ def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
 
 def show_following(votes: Path, folder: Path) -> None:
     """Prints how well metrics follow the votes on an evaluation, best first, and writes a table; as `following`."""
-    agreement = following(votes, folder)
+    voted = voted_images(votes, folder)
+    agreement = following(voted)
     table = Table(
         title=f"How well metrics follow {agreement['images'].to_numpy().max()} votes",
         caption="Of two images that were voted differently, how often the better one has the better number; ties count "
@@ -222,7 +223,7 @@ def show_following(votes: Path, folder: Path) -> None:
         interval = f"({row['low']:.2f} … {row['high']:.2f})"
         table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
     console.print(table)
-    by_method = agreeing(votes, folder)
+    by_method = agreeing(voted)
     images, same, milder = (
         sum(getattr(it, name) for it in by_method.values()) for name in ("images", "same", "milder")
     )
@@ -241,16 +242,28 @@ def show_following(votes: Path, folder: Path) -> None:
     echo(f"As a table: {to}")
 
 
-def following(votes: Path, folder: Path) -> pd.DataFrame:
+def voted_images(votes: Path, folder: Path) -> pd.DataFrame:
+    """The rows of an evaluation's images that were voted on, with the `vote` on each.
+
+    Raises ValueError if the votes are not on images of this evaluation, and FileError if there is no evaluation, or a
+    file is damaged.
+    """
+    verdicts, files = read_votes(votes)[1], read_files(votes)
+    images = load(folder).images.set_index("file")
+    if lost := [file for file in files.values() if file not in images.index]:
+        raise ValueError(f"{votes} has votes on {lost[0]}, which is no scored image of the evaluation in {folder}")
+    return images.loc[[files[number] for number in verdicts]].assign(vote=list(verdicts.values()))
+
+
+def following(voted: pd.DataFrame) -> pd.DataFrame:
     """A row per metric, the best first: `metric`, `title`, `follows` with `low` and `high`, and `images`.
 
-    Metrics that no image has come last, with 0 images and NaN. Raises ValueError if the votes are not on images of this
-    evaluation, or all of them are the same, and FileError if there is no evaluation, or a file is damaged.
+    Metrics that no image has come last, with 0 images and NaN. `voted` is that of `voted_images`. Raises ValueError if
+    all votes are the same.
     """
-    voted, verdicts = _voted(votes, folder)
-    eye = [_ORDER.index(verdict) for verdict in verdicts]
+    eye = [_ORDER.index(vote) for vote in voted["vote"]]
     if len(set(eye)) < 2:
-        raise ValueError(f"all votes in {votes} are the same, so no number can follow them")
+        raise ValueError("all votes are the same, so no number can follow them")
     groups = list(zip(voted["scene"], voted["seed"], strict=True))
     rows = []
     for metric in (*METRICS, *OUTCOME_METRICS):
@@ -273,25 +286,15 @@ class Agreement:
     milder: int
 
 
-def agreeing(votes: Path, folder: Path) -> dict[str, Agreement]:
-    """How often success and the votes agree, by method; errors are those of `following`."""
-    voted, verdicts = _voted(votes, folder)
+def agreeing(voted: pd.DataFrame) -> dict[str, Agreement]:
+    """How often success and the votes agree, by method; `voted` is that of `voted_images`."""
     by_method: dict[str, list[tuple[bool, bool]]] = {}
-    for method, success, verdict in zip(voted["arm"], voted["success"], verdicts, strict=True):
-        by_method.setdefault(method, []).append((bool(success), verdict == "both"))
+    for method, success, vote in zip(voted["arm"], voted["success"], voted["vote"], strict=True):
+        by_method.setdefault(method, []).append((bool(success), vote == "both"))
     return {
         method: Agreement(len(pairs), sum(a == b for a, b in pairs), sum(a and not b for a, b in pairs))
         for method, pairs in by_method.items()
     }
-
-
-def _voted(votes: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of an evaluation's images that were voted on, and the votes; errors are those of `following`."""
-    verdicts, files = read_votes(votes)[1], read_files(votes)
-    images = load(folder).images.set_index("file")
-    if lost := [file for file in files.values() if file not in images.index]:
-        raise ValueError(f"{votes} has votes on {lost[0]}, which is no scored image of the evaluation in {folder}")
-    return images.loc[[files[number] for number in verdicts]], list(verdicts.values())
 
 
 def follows(

@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.blind import read_votes
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
 from lora_compose.compose.evaluation.table import load
-from lora_compose.compose.evaluation.votes import following, follows, read_files
+from lora_compose.compose.evaluation.votes import following, follows, read_files, voted_images
 from snippets import ROOT
 
 
@@ -82,7 +82,7 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     files = json.loads((out / "images.json").read_text())
     verdicts = {n: ("none", "one", "both")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{verdict}\n" for n, verdict in verdicts.items()))
-    agreement = following(out, folder)
+    agreement = following(voted_images(out, folder))
     assert agreement["metric"].tolist()[-1] == "arcface", "what no image has comes last"
     assert sorted(agreement["metric"]) == sorted(metric.key for metric in (*METRICS, *OUTCOME_METRICS)), (
         "none is left out"
