@@ -133,6 +133,18 @@ def test_the_readme_counts_votes_as_the_files_do() -> None:
     assert [0 if number == "none" else int(number) for number in said.groups()] == counted
 
 
+def test_the_page_about_training_counts_votes_as_their_file_does() -> None:
+    said = re.search(
+        r"both right in (\d+) of (\d+) held-back images and `clora` in (\d+) ",
+        " ".join((ROOT / "docs" / "training.md").read_text("utf-8").split()),
+    )
+    assert said is not None
+    key, votes = read_votes(ROOT / "docs" / "votes-unet-empty")
+    drafts = [votes[number] for number, method in key.items() if method == "draft"]
+    others = [votes[number] for number, method in key.items() if method == "clora"]
+    assert [int(number) for number in said.groups()] == [drafts.count("both"), len(drafts), others.count("both")]
+
+
 def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
     folder = ROOT / "docs" / "votes"
     written = pd.read_csv(folder / "following.csv")
