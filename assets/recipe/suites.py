@@ -300,7 +300,8 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
 """Each part of `draft` on a transformer with text and image in one sequence, changed alone."""
 
 
-def _alone() -> list[Place]:
+def alone() -> list[Place]:
+    """Each character by itself, and beside something plain."""
     grounds = ("on grass", "on sand", "on a white background", "in snow", "in a room")
     besides = ("tree", "car", "fox", "penguin", "boy")
     scenes = []
@@ -355,7 +356,7 @@ lora-composer
     Suite(
         "playground-alone",
         "Every LoRA by itself, and beside something plain: what composing can at best keep.",
-        _alone(),
+        alone(),
         'merge\n{name: "merge, tara LoRAs", method: merge, lora: tara}',
         seeds=range(5),
     ),

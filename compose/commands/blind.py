@@ -33,16 +33,17 @@ def make_from(
     evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
     method: Annotated[list[str], typer.Option(help="A row of its table; several times, once for each.")],
     images: Annotated[int, typer.Option(help="Number of images per method.", min=1)] = 20,
+    subjects: Annotated[int, typer.Option(help="Number of subjects in the scenes.", min=1)] = 2,
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
 ) -> None:
-    """Shuffle images of an evaluation with two subjects. Vote before you open key.json.
+    """Shuffle images of an evaluation, with two subjects or another number. Vote before you open key.json.
 
     For example: lora-compose blind from outputs/evaluation/playground-full --method draft --method clora
     """
     check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation import votes
-    votes.make_from(evaluation, out, method, images)
+    votes.make_from(evaluation, out, method, images, subjects)
 
 
 @app.command()

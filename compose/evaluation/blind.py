@@ -28,10 +28,12 @@ from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 PAIRS = (("cat", "dog"), ("mira", "omar"), ("bear", "robot"))
 VERDICTS = {
-    "both": "both subjects are present, each with its own look and nothing of the other's",
-    "one": "exactly one subject has its own look unmixed",
+    "all": "every subject is present, each with its own look and nothing of another's",
+    "some": "one or more subjects, but not all, have their own look unmixed",
     "none": "no subject has its own look unmixed",
 }
+_EARLIER = {"both": "all", "one": "some"}
+"""Verdicts on two subjects in files of earlier versions."""
 COLUMNS, ROWS, SIDE = 5, 4, 192
 KEY, VOTES = "key.json", "votes.csv"
 _COLUMNS_OF_VOTES = ("number", "verdict")
@@ -142,7 +144,8 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
         raise FileError(f"{path}, line 1: there is no column {missing[0]!r}; expected {','.join(_COLUMNS_OF_VOTES)}")
     if bad := [row for row in table.rows if row.error is not None]:
         raise FileError(f"{path}, line {bad[0].line}: {bad[0].error}")
-    votes = {row.values["number"].strip(): row.values["verdict"].strip() for row in table.rows}
+    given = {row.values["number"].strip(): row.values["verdict"].strip() for row in table.rows}
+    votes = {number: _EARLIER.get(verdict) or verdict for number, verdict in given.items()}
     wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
     if wrong:
         number, verdict = next(iter(wrong.items()))

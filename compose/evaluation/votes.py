@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,9 @@ from lora_compose.compose.evaluation.blind import (
     write_key,
 )
 from lora_compose.compose.evaluation.results import ImageScores
-from lora_compose.compose.evaluation.scoring import open_scorer, reference_files
+from lora_compose.compose.evaluation.scoring import Scorer, open_scorer, reference_files
 from lora_compose.compose.evaluation.statistics import Interval
+from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.images import read_pixels
@@ -52,15 +54,15 @@ _ORDER = tuple(reversed(VERDICTS))  # from the worst to the best
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of an evaluation on a sheet: its method's row in the table, the two subjects, and its file."""
+    """An image of an evaluation on a sheet: its method's row in the table, its subjects, and its file."""
 
     method: str
     concepts: tuple[str, ...]
     file: str
 
 
-def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> None:
-    """Shuffles images of two subjects of some rows of an evaluation and writes sheets and the files of votes.
+def make_from(folder: Path, out: Path, methods: Sequence[str], images: int, subjects: int = 2) -> None:
+    """Shuffles images of so many subjects of some rows of an evaluation and writes sheets and the files of votes.
 
     Raises ValueError for unknown methods, too few images that all of them made, and a folder with other votes.
     """
@@ -72,7 +74,7 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
                 f"the evaluation in {folder} has no method {method!r}; it has {', '.join(known)}"
                 f"{did_you_mean(method, known)}"
             )
-    shown = dict(enumerate(_chosen(evaluation, methods, images), start=1))
+    shown = dict(enumerate(_chosen(evaluation, methods, images, subjects), start=1))
     key = {number: image.method for number, image in shown.items()}
     files = {number: image.file for number, image in shown.items()}
     check_votes(out, {KEY: key, FILES: files})
@@ -89,7 +91,7 @@ def read_files(out: Path) -> dict[str, str]:
     return json.loads(read_whole(out / FILES))
 
 
-def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
+def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int, subjects: int) -> list[Shown]:
     """Equal scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
     table = evaluation.images
     keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
@@ -97,17 +99,19 @@ def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list
     by_scene = {
         scene.name: _of_all(files, scene.name, methods)
         for scene in evaluation.suite.scenes
-        if len(scene.concepts) == 2 and not scene.bystanders  # voters are asked about two subjects
+        # Voters are asked about subjects with a LoRA only.
+        if len(_subjects(evaluation, scene)) == subjects and not scene.bystanders
     }
     # Seed by seed, so that any number of images is spread over the scenes.
     turns = max((len(seeds) for seeds in by_scene.values()), default=0)
     places = [(scene, seeds[turn]) for turn in range(turns) for scene, seeds in by_scene.items() if turn < len(seeds)]
     if len(places) < images:
-        raise ValueError(f"all of {', '.join(methods)} have made {len(places)} images of two subjects, not {images}")
+        made = f"{len(places)} images of {subjects} subjects"
+        raise ValueError(f"all of {', '.join(methods)} have made {made}, not {images}")
     chosen: list[Shown] = []
     for scene in evaluation.suite.scenes:
         of_scene = [
-            Shown(method, scene.concepts, files[name, method, seed])
+            Shown(method, _subjects(evaluation, scene), files[name, method, seed])
             for name, seed in places[:images]
             if name == scene.name
             for method in methods
@@ -115,6 +119,10 @@ def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list
         random.Random(scene.name).shuffle(of_scene)
         chosen += of_scene
     return chosen
+
+
+def _subjects(evaluation: Evaluation, scene: SuiteScene) -> tuple[str, ...]:
+    return tuple(name for name in scene.concepts if not evaluation.suite.concept(name).is_style)
 
 
 def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequence[str]) -> list[int]:
@@ -128,7 +136,7 @@ def _sheet(evaluation: Evaluation, folder: Path, images: Mapping[int, Shown]) ->
     names = dict.fromkeys(name for shown in images.values() for name in shown.concepts)
     return vote_sheet(
         [(name, _reference(evaluation, name)) for name in names],
-        [(f"{n}: {' and '.join(shown.concepts)}", read_pixels(folder / shown.file)) for n, shown in images.items()],
+        [(f"{n}: {', '.join(shown.concepts)}", read_pixels(folder / shown.file)) for n, shown in images.items()],
     )
 
 
@@ -153,7 +161,11 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
         )
     chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
     images = generated({number: jobs[number] for number in chosen}, out)
-    judged = _judged(evaluation, {number: (jobs[number].pair, image) for number, image in images.items()})
+    judge = Judge.of(evaluation)
+    judged = {}
+    for number, image in images.items():
+        pair = jobs[number].pair
+        judged[number] = ("none", "some", "all")[judge.present(image, " and ".join(pair), pair)]
     _show_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
 
@@ -165,8 +177,8 @@ def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int,
     console.print(table)
     for way in WAYS:
         numbers = [number for number in judged if jobs[number].way == way]
-        both = [sum(verdicts[number] == "both" for number in numbers) for verdicts in (eye, judged)]
-        console.print(f"both, in {len(numbers)} images of {way.label}: human {both[0]}, judge {both[1]}")
+        right = [sum(verdicts[number] == "all" for number in numbers) for verdicts in (eye, judged)]
+        console.print(f"all, in {len(numbers)} images of {way.label}: human {right[0]}, judge {right[1]}")
     apart = [number for number in judged if eye[number] != judged[number]]
     console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
     for number in apart:
@@ -174,32 +186,36 @@ def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int,
         console.print(f"  {number}: {what}: human {eye[number]}, judge {judged[number]}")
 
 
-def _judged(folder: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
-    """The verdict on images of two concepts, by number: "both", "one" or "none" are present with their own identity.
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Says of an image how many of its concepts are present with their own identity, as the evaluation's `success`.
 
-    Encoder, detector and thresholds are those of an evaluation with scenes of these pairs.
+    Encoder, detector and thresholds are those of a finished evaluation.
     """
-    evaluation = load(folder)
-    suite = evaluation.suite
-    limits = dict(zip(evaluation.thresholds["concept"], evaluation.thresholds["threshold"], strict=True))
-    scenes = {frozenset(scene.concepts): scene for scene in suite.scenes if not scene.bystanders}
-    if suite.detector is None:
-        raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
-    scorer = open_scorer(suite)
-    verdicts = {}
-    for number, (pair, image) in images.items():
-        scene = scenes[frozenset(pair)]
-        scores = scorer.score(image.convert("RGB"), scene)
-        there = sum(_is_there(scores, name, limits[name]) for name in pair)
-        verdicts[number] = ("none", "one", "both")[there]
-    return verdicts
 
+    scorer: Scorer
+    thresholds: Mapping[str, float]
 
-def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
-    similarity = scores.concepts[name].similarity
-    if not similarity or max(similarity, key=lambda other: similarity[other]) != name:
-        return False
-    return not similarity[name] < threshold  # without a threshold, being nearest is enough
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The judge of the evaluation in a folder. Raises ValueError if it has no detector."""
+        evaluation = load(folder)
+        if evaluation.suite.detector is None:
+            raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
+        limits = dict(zip(evaluation.thresholds["concept"], evaluation.thresholds["threshold"], strict=True))
+        return cls(open_scorer(evaluation.suite), limits)
+
+    def present(self, image: Image.Image, prompt: str, concepts: Sequence[str]) -> int:
+        """The number of concepts of the suite that are found in an image and are themselves."""
+        scene = SuiteScene(name="image", prompt=prompt, concepts=tuple(concepts))
+        scores = self.scorer.score(image.convert("RGB"), scene)
+        return sum(self._is_itself(scores, name) for name in concepts)
+
+    def _is_itself(self, scores: ImageScores, name: str) -> bool:
+        similarity = scores.concepts[name].similarity
+        if not similarity or max(similarity, key=lambda other: similarity[other]) != name:
+            return False
+        return not similarity[name] < self.thresholds[name]  # without a threshold, being nearest is enough
 
 
 # --- numbers beside votes ---
@@ -229,7 +245,7 @@ def show_following(votes: Path, folder: Path) -> None:
     )
     each = "; ".join(f"{method} {it.same} of {it.images}" for method, it in by_method.items())
     echo(
-        f"success agrees with you, both subjects right or not, on {same} of {images} images: {each}. "
+        f"success agrees with you, all subjects right or not, on {same} of {images} images: {each}. "
         f"Of the {images - same} others it calls {milder} right that you do not."
     )
     write_text(to := votes / FOLLOWING, str(agreement.to_csv(index=False, lineterminator="\n")))
@@ -290,7 +306,7 @@ def agreeing(voted: pd.DataFrame) -> dict[str, Agreement]:
     """How often success and the votes agree, by method; `voted` is that of `voted_images`."""
     by_method: dict[str, list[tuple[bool, bool]]] = {}
     for method, success, vote in zip(voted["arm"], voted["success"], voted["vote"], strict=True):
-        by_method.setdefault(method, []).append((bool(success), vote == "both"))
+        by_method.setdefault(method, []).append((bool(success), vote == "all"))
     return {
         method: Agreement(len(pairs), sum(a == b for a, b in pairs), sum(a and not b for a, b in pairs))
         for method, pairs in by_method.items()

@@ -19,7 +19,7 @@ from lora_compose.pipelines.scene.scene import Concept
 
 def test_votes_are_counted_by_method(tmp_path) -> None:
     key = {number: job.way.label for number, job in numbered(1).items()}
-    votes = {number: "both" if label.startswith("regional") else "none" for number, label in key.items()}
+    votes = {number: "all" if label.startswith("regional") else "none" for number, label in key.items()}
     (tmp_path / "key.json").write_text(json.dumps(key))
     (tmp_path / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{vote}\n" for n, vote in votes.items()))
     rows = [line.replace("│", "").split() for line in call("blind", "score", tmp_path).output.splitlines()]
@@ -47,16 +47,30 @@ def test_images_of_an_evaluation_are_shuffled_the_same_scenes_and_seeds_for_each
     key, _ = read_votes_of(out)
     assert sorted(key.values()) == ["merge"] * 3 + ["regional"] * 3
     assert sorted(path.name for path in out.iterdir()) == ["0.png", "images.json", "key.json", "votes.csv"]
-    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{number},both\n" for number in key))
+    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{number},all\n" for number in key))
     counted = call("blind", "score", out).output
     assert all(f"{method} " in counted for method in ("merge", "regional"))
+
+
+def test_scenes_are_chosen_by_their_number_of_subjects_and_a_style_is_none(tmp_path: Path) -> None:
+    scenes = {"two": ("cat", "dog"), "alone": ("dog",)}
+    own = suite(scenes, methods=["merge"])
+    styled = [it.model_copy(update={"role": "style"}) if it.name == "cat" else it for it in own.concepts]
+    for number, (evaluated, chosen) in enumerate(
+        [(own, {"alone"}), (own.model_copy(update={"concepts": tuple(styled)}), {"alone", "two"})]
+    ):
+        folder = store(tmp_path / f"run-{number}", evaluated, known, draw=True)
+        out = tmp_path / f"votes-{number}"
+        call("blind", "from", folder, "--method", "merge", "--images", 2 * len(chosen), "--subjects", 1, "--out", out)
+        files = json.loads((out / "images.json").read_text()).values()
+        assert {Path(file).parts[1].split("-")[0] for file in files} == chosen
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--method", "clora"), "no method 'clora'; it has merge, regional, tara"),
-        (("--method", "merge", "--images", "5"), "all of merge have made 2 images of two subjects, not 5"),
+        (("--method", "merge", "--images", "5"), "all of merge have made 2 images of 2 subjects, not 5"),
     ],
 )
 def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, arguments, message) -> None:
@@ -71,7 +85,7 @@ def test_votes_are_not_given_to_other_images(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "votes"
     same = ("blind", "from", folder, "--method", "merge", "--images", "2", "--out", out)
     call(*same)
-    votes = "number,verdict\n1,both\n2,none\n"
+    votes = "number,verdict\n1,all\n2,none\n"
     (out / "votes.csv").write_text(votes)
     call(*same)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -99,9 +113,10 @@ def test_photographs_are_shown_as_references(tmp_path: Path) -> None:
 
 
 VOTES = {
-    "as UTF-8 with a mark": "\ufeffnumber,verdict\n1,both\n2,one\n",
-    "with semicolons": "number;verdict\n1;both\n2;one\n",
-    "with spaces": "number, verdict\n1, both\n2, one\n",
+    "as UTF-8 with a mark": "\ufeffnumber,verdict\n1,all\n2,some\n",
+    "with semicolons": "number;verdict\n1;all\n2;some\n",
+    "in the words of earlier versions": "number,verdict\n1,both\n2,one\n",
+    "with spaces": "number, verdict\n1, all\n2, some\n",
 }
 
 
@@ -109,15 +124,15 @@ VOTES = {
 def test_votes_are_read_as_spreadsheets_write_them(tmp_path: Path, how: str) -> None:
     (tmp_path / "key.json").write_text('{"1": "merge", "2": "regional"}')
     (tmp_path / "votes.csv").write_text(VOTES[how], encoding="utf-8")
-    assert read_votes(tmp_path)[1] == {"1": "both", "2": "one"}
+    assert read_votes(tmp_path)[1] == {"1": "all", "2": "some"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("number,verdict\n1,both\n2\n", "votes.csv, line 3: 1 cells, but the header has 2 columns"),
-        ("image,verdict\n1,both\n", "votes.csv, line 1: there is no column 'number'; expected number,verdict"),
-        ("number,verdict\n1,both\n2,\n", "image 2: expected one of both, one, none, found ''"),
+        ("number,verdict\n1,all\n2\n", "votes.csv, line 3: 1 cells, but the header has 2 columns"),
+        ("image,verdict\n1,all\n", "votes.csv, line 1: there is no column 'number'; expected number,verdict"),
+        ("number,verdict\n1,all\n2,\n", "image 2: expected one of all, some, none, found ''"),
     ],
 )
 def test_votes_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -67,7 +67,7 @@ def test_scenes_with_a_bystander_are_not_voted_on(tmp_path: Path) -> None:
         "two"
     }
     few = call("blind", "from", folder, "--method", "merge", "--images", "3", "--out", tmp_path / "more", code=2)
-    assert "have made 2 images of two subjects, not 3" in " ".join(few.output.split())
+    assert "have made 2 images of 2 subjects, not 3" in " ".join(few.output.split())
 
 
 def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     out = tmp_path / "votes"
     call("blind", "from", folder, "--method", "merge", "--images", "6", "--out", out)
     files = json.loads((out / "images.json").read_text())
-    verdicts = {n: ("none", "one", "both")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
+    verdicts = {n: ("none", "some", "all")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{verdict}\n" for n, verdict in verdicts.items()))
     agreement = following(voted_images(out, folder))
     assert agreement["metric"].tolist()[-1] == "arcface", "what no image has comes last"
@@ -104,18 +104,18 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     assert told in " ".join(printed.split())
     written = pd.read_csv(out / "following.csv")
     assert written.set_index("metric")["follows"].to_dict() == pytest.approx(found, nan_ok=True)
-    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},both\n" for n in files))
+    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},all\n" for n in files))
     refused = call("blind", "follow", out, "--evaluation", folder, code=2).output
     assert "are the same, so no number can follow them" in " ".join(refused.split())
 
 
-@pytest.mark.parametrize("folder", ["votes-unet", "votes-transformer"])
+@pytest.mark.parametrize("folder", ["votes-unet", "votes-unet-three", "votes-transformer"])
 def test_the_votes_in_the_docs_are_those_of_their_files(folder: str) -> None:
     key, votes = read_votes(ROOT / "docs" / folder)
     counts = pd.crosstab(pd.Series(key)[list(votes)], pd.Series(votes))
     rows = {line for line in (ROOT / "docs" / "evaluation.md").read_text("utf-8").splitlines() if line[:1] == "|"}
     for method, row in counts.to_dict("index").items():
-        shown = f"| {row['both']} | {row['one']} | {row['none']} | {sum(row.values())} |"
+        shown = f"| {row['all']} | {row['some']} | {row['none']} | {sum(row.values())} |"
         assert any(line.endswith(shown) and str(method).split(",")[0] in line for line in rows), (method, shown)
 
 
@@ -129,7 +129,7 @@ def test_the_readme_counts_votes_as_the_files_do() -> None:
     for folder in ("votes-unet", "votes-transformer"):
         key, votes = read_votes(ROOT / "docs" / folder)
         for method in ("draft", "merge"):
-            counted.append(sum(votes[number] == "both" for number, its in key.items() if its == method))
+            counted.append(sum(votes[number] == "all" for number, its in key.items() if its == method))
     assert [0 if number == "none" else int(number) for number in said.groups()] == counted
 
 
@@ -142,7 +142,7 @@ def test_the_page_about_training_counts_votes_as_their_file_does() -> None:
     key, votes = read_votes(ROOT / "docs" / "votes-unet-empty")
     drafts = [votes[number] for number, method in key.items() if method == "draft"]
     others = [votes[number] for number, method in key.items() if method == "clora"]
-    assert [int(number) for number in said.groups()] == [drafts.count("both"), len(drafts), others.count("both")]
+    assert [int(number) for number in said.groups()] == [drafts.count("all"), len(drafts), others.count("all")]
 
 
 def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
