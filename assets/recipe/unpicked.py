@@ -7,6 +7,7 @@ python -m recipe.unpicked outputs/unpicked-flux outputs/evaluation/playground-fl
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -90,7 +91,7 @@ def files(out: Path, number: int, shown: Shown, seeds: Sequence[int]) -> list[Pa
 
 
 def make(pipe: Any, model: str, shown: Shown, seeds: Sequence[int], steps: int = STEPS) -> list[Image.Image]:
-    """The images of a row, in batches."""
+    """Images of a row, in one batch."""
     concepts = [f"{name}{shown.suffix}" for name in shown.names]
     for name in concepts:
         if name not in pipe.concepts:
@@ -103,15 +104,12 @@ def make(pipe: Any, model: str, shown: Shown, seeds: Sequence[int], steps: int =
             "concepts": [Concept(name=name, region=box) for name, box in zip(concepts, boxes, strict=True)],
             "method": shown.method,
         }
-    images: list[Image.Image] = []
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     width, height = pipe.own_size
-    for start in range(0, len(seeds), BATCH):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-        images += pipe(
-            prompt=[shown.prompt] * len(generators), num_inference_steps=steps, width=width, height=height,
-            generator=generators, **pipe.guided(GUIDANCE, None), **composed,
-        ).images  # fmt: skip
-    return images
+    return pipe(
+        prompt=[shown.prompt] * len(generators), num_inference_steps=steps, width=width, height=height,
+        generator=generators, **pipe.guided(GUIDANCE, None), **composed,
+    ).images  # fmt: skip
 
 
 def counted(judge: Judge, detector: Detector, shown: Shown, images: Sequence[Image.Image]) -> str:
@@ -130,7 +128,7 @@ def drawn(rows: Sequence[tuple[Shown, str, Sequence[Image.Image]]], seeds: Seque
     lines: list[Row] = []
     for shown, verdict, images in rows:
         what = shown.prompt if group in (Group.PLAIN, Group.ALONE) else shown.method
-        label = (what, *([] if what == shown.prompt else [shown.prompt]), verdict)
+        label = (what, *([] if what == shown.prompt else [shown.prompt]), f"judge: {verdict}")
         for start in range(0, len(images), ACROSS):
             captions = [str(seed) for seed in seeds[start : start + ACROSS]]
             first = start == 0
@@ -139,18 +137,26 @@ def drawn(rows: Sequence[tuple[Shown, str, Sequence[Image.Image]]], seeds: Seque
 
 
 def make_all(
-    out: Path, model: str, groups: Sequence[Group], seeds: Sequence[int], steps: int, on_row: Callable[[int, int], None]
+    out: Path,
+    model: str,
+    groups: Sequence[Group],
+    seeds: Sequence[int],
+    steps: int,
+    on_images: Callable[[int, int], None],
 ) -> None:
     """Makes what is missing of the images of some sheets."""
     rows = [(number, shown) for number, shown in enumerate(everything(model)) if shown.group in groups]
+    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
     pipe: Any = ComposePipeline.from_pretrained(playground_model(model), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    for done, (number, shown) in enumerate(rows, start=1):
-        paths = files(out, number, shown, seeds)
+    done = 0
+    for (number, shown), batch in product(rows, batches):
+        paths = files(out, number, shown, batch)
         if not all(path.is_file() for path in paths):
-            for path, image in zip(paths, make(pipe, model, shown, seeds, steps), strict=True):
+            for path, image in zip(paths, make(pipe, model, shown, batch, steps), strict=True):
                 write_whole(path, png_bytes(image))
-        on_row(done, len(rows))
+        done += len(batch)
+        on_images(done, len(rows) * len(seeds))
 
 
 @handle_errors(logging.ERROR)
@@ -167,7 +173,7 @@ def main(
     judge = Judge.of(evaluation)
     detector = WindowDetector(load_encoder(JUDGE), CLASSES)
     with bar("making images", 1) as on_progress, threads(THREADS):
-        make_all(out, model, groups, chosen, steps, lambda done, rows: on_progress(done / rows))
+        make_all(out, model, groups, chosen, steps, lambda done, total: on_progress(done / total))
     for each in groups:
         rows = []
         for number, shown in enumerate(everything(model)):

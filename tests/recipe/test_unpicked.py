@@ -34,20 +34,20 @@ def test_a_rerun_makes_what_is_missing_and_a_seed_does_not_depend_on_the_others(
     groups, seeds = [Group.THREE], list(range(5))  # a batch of four, and another one
     done: list[tuple[int, int]] = []
 
-    def on_row(number: int, rows: int) -> None:
-        done.append((number, rows))
+    def on_images(made: int, total: int) -> None:
+        done.append((made, total))
 
-    make_all(tmp_path, PLAYGROUND, groups, seeds, 2, on_row)
+    make_all(tmp_path, PLAYGROUND, groups, seeds, 2, on_images)
     rows = [(number, shown) for number, shown in enumerate(everything(PLAYGROUND)) if shown.group is Group.THREE]
-    assert done == [(row + 1, len(rows)) for row in range(len(rows))]
+    assert done[:3] == [(4, 5 * len(rows)), (5, 5 * len(rows)), (9, 5 * len(rows))]
     first = {path: path.read_bytes() for number, shown in rows for path in files(tmp_path, number, shown, seeds)}
     last = files(tmp_path, *rows[1], seeds)[4]
-    make_all(tmp_path / "alone", PLAYGROUND, groups, [4], 2, on_row)
+    make_all(tmp_path / "alone", PLAYGROUND, groups, [4], 2, on_images)
     alone = files(tmp_path / "alone", *rows[1], [4])[0]
     beside, itself = (np.asarray(Image.open(path)).astype(int) for path in (last, alone))
     assert np.abs(beside - itself).max() <= 2  # of 255: rounding
     last.unlink()
-    make_all(tmp_path, PLAYGROUND, groups, seeds, 2, on_row)
+    make_all(tmp_path, PLAYGROUND, groups, seeds, 2, on_images)
     assert {path: path.read_bytes() for path in first} == first
     image = drawn(
         [
