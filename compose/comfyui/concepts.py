@@ -321,7 +321,7 @@ class ComposeRequest:
         if everywhere and any(concept.is_bystander for concept in scenes):
             names = ", ".join(everywhere)
             logger.warning("without a box or mask, %s acts on the whole image, also in the regions of others", names)
-        composition, conditioning = self._in_regions(composition, owners, auto=False)
+        composition, conditioning = self._in_regions(composition, owners)
         if not self.joint:
             return composition, conditioning
         composition = replace(composition, owners=owners, isolate=APART_JOINT if len(owners) > 1 else 0.0)
@@ -340,8 +340,7 @@ class ComposeRequest:
         for subject in searched.values():
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
-        alike = len({subject.head_noun for subject in subjects.values()}) < len(subjects)
-        composition, conditioning = self._in_regions(composition, [*subjects], auto=alike and not self.joint)
+        composition, conditioning = self._in_regions(composition, [*subjects])
         isolate = APART_JOINT if self.joint else float(bool(composition.texts))
         composition = replace(composition, owners=[*subjects], isolate=isolate)
         if not composition.texts:
@@ -371,10 +370,10 @@ class ComposeRequest:
         return [i for i in range(len(self.concepts)) if i not in owners]
 
     def _in_regions(
-        self, composition: ComposedConcepts, owners: Sequence[int], *, auto: bool
+        self, composition: ComposedConcepts, owners: Sequence[int]
     ) -> tuple[ComposedConcepts, Conditioning]:
-        """Concepts whose regions read texts of their own, or all one; `auto`: own texts where none has a prompt."""
-        if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
+        """Concepts whose regions read texts of their own, or all one."""
+        if self.texts == "regions" or (self.texts == "auto" and self._prompted):
             return self._with_texts(composition, owners)
         if self._prompted:
             name = next(iter(self._prompted.values()))

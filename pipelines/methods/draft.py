@@ -7,12 +7,12 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With two subjects of different classes all cells read the scene's prompt, as in `regional`, and a bias draws the cells
-of a region to the words of its subject, as in `freefuse`. Cross-attention to one text cannot tell two cats apart, so
-with two of one class every region reads a text of its own and is denoised apart at first, as in `lora-composer`
-without updates. Where text and image are one sequence, one text does: there a LoRA changes no words of other subjects,
-and regions do not see each other at first. Regions that the user gives are kept, and the rest of the canvas is
-divided.
+All cells read the scene's prompt, as in `regional`, and a bias draws the cells of a region to the words of its
+subject, as in `freefuse`. Attention to a class word cannot tell two cats apart, so their cells are clustered, from left
+to right. Where text and image are one sequence, a LoRA changes no words of other subjects, and regions do not see each
+other at first. A concept with a prompt of its own gets a text for its region, as do three or more on a wide canvas of
+a UNet, where regions are denoised apart at first as in `lora-composer` without updates. Regions that the user gives are
+kept, and the rest of the canvas is divided.
 
 `docs/methods/draft.md` measures the contribution of each part.
 """
@@ -103,8 +103,8 @@ class Draft(Settings):
             where regions have their own texts.
         reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
             its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if a subject
-            has a prompt of its own, and on UNets and Anima also if one has a negative prompt, two share a class word,
-            or more than two fit side by side.
+            has a prompt of its own, and on UNets and Anima also if one has a negative prompt, or if more than two fit
+            side by side.
         background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
             read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
             subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
@@ -251,9 +251,7 @@ class Draft(Settings):
             return False
         if any(concept.negative_prompt is not None for concept in subjects):
             return True
-        room = len(subjects) * _side(canvas) <= max(canvas.latent_grid)
-        alike = len({subject.head_noun for subject in subjects}) < len(subjects)
-        return alike or (len(subjects) > 2 and room)
+        return len(subjects) > 2 and len(subjects) * _side(canvas) <= max(canvas.latent_grid)
 
 
 def _side(canvas: Canvas) -> int:

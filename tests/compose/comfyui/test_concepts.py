@@ -349,9 +349,22 @@ def test_images_of_a_batch_are_isolated_by_regions_of_their_own() -> None:
     torch.testing.assert_close(found, attend(q, k, v, seen), atol=1e-6, rtol=0)
 
 
-def test_two_of_one_class_read_texts_of_their_own() -> None:
+def test_two_of_one_class_are_looked_for_by_the_same_word_and_read_one_text() -> None:
     cats = [NodeConcept.of(CAT, "sks", "cat", 1.0), NodeConcept.of(DOG, "zwx", "cat", 1.0)]
-    plan, conditioning, clip = composed(cats, "a sks cat and a zwx cat on grass", "draft")
+    plan, _, clip = composed(cats, "a sks cat and a zwx cat on grass", "draft")
+    assert [text for text, _ in clip.encoded] == ["a sks cat and a zwx cat on grass", "a cat and a cat on grass"]
+    assert not plan.texts
+    assert not plan.isolate
+    assert plan.draft is not None
+    assert not plan.draft.strips
+    assert plan.draft.words.nonzero().tolist() == [[2, 0], [5, 1]]
+    assert plan.phrases is not None
+    assert plan.phrases.nonzero().tolist() == [[2, 0], [3, 0], [6, 1], [7, 1]]
+
+
+def test_two_of_one_class_may_read_texts_of_their_own() -> None:
+    cats = [NodeConcept.of(CAT, "sks", "cat", 1.0), NodeConcept.of(DOG, "zwx", "cat", 1.0)]
+    plan, conditioning, clip = composed(cats, "a sks cat and a zwx cat on grass", "draft", texts="regions")
     said = [text for text, _ in clip.encoded]
     assert said[:3] == ["on grass", "a sks cat on grass", "a zwx cat on grass"]
     assert [which for _, which in clip.encoded[:3]] == [(), (0,), (1,)]
@@ -527,7 +540,7 @@ def test_methods_without_places_make_the_image_without_a_subject_that_has_no_lor
 def test_a_draft_finds_a_subject_without_a_lora_by_the_class_word_that_follows_no_trigger() -> None:
     """As the masks of tokens of our pipelines do."""
     cat, text = two()[0], "a cat beside a sks cat on (grass:1.2)"
-    plan, _, clip = composed([cat, beside(noun="cat")], text, "draft")
+    plan, _, clip = composed([cat, beside(noun="cat")], text, "draft", texts="regions")
     assert [said for said, _ in clip.encoded] == [
         "on (grass:1.2)", "a sks cat on (grass:1.2)", "a cat on (grass:1.2)", "a cat beside a cat on (grass:1.2)",
         "a cat beside a cat on (grass:1.2)",
@@ -573,7 +586,7 @@ def test_files_of_one_name_in_two_folders_have_triggers_of_their_own() -> None:
     text = "a portrait of sks, and a zwx cat on grass"
     sks = NodeConcept.of(CAT, "sks", "cat", 1.0)
     other, named = (in_a_chain(sks, NodeConcept.of(path, "zwx", "cat", 1.0)) for path in (DOG, Path("zwx", CAT)))
-    said = [composed(concepts, text, "draft")[2].encoded for concepts in (named, other)]
+    said = [composed(concepts, text, "draft", texts="regions")[2].encoded for concepts in (named, other)]
     assert said[0] == said[1]
     assert "a portrait of sks on grass" in [text for text, _ in said[0]]
     with pytest.raises(ValueError, match=r"no text can be made about cat\.safetensors \(2\): write its trigger"):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -191,17 +190,19 @@ def test_a_generator_of_pytorch_itself_is_left_alone(composer):
     assert torch.equal(*after)
 
 
-def test_two_of_one_class_read_texts_of_their_own_and_start_apart(composer, dividing):
-    settings = Draft(apart=0.5)
+def test_two_of_one_class_read_the_scene(composer):
+    found = call(composer, ("cat", "kitten"), CATS, method=Draft()).images
+    assert torch.equal(found, call(composer, ("cat", "kitten"), CATS, method=Draft(reading="scene")).images)
+    assert far_apart(found, call(composer, ("cat", "kitten"), CATS, method=Draft(reading="regions")).images)
+
+
+def test_regions_that_read_texts_of_their_own_start_apart(composer, dividing):
+    settings = Draft(reading="regions", apart=0.5)
     found = call(composer, ("cat", "kitten"), CATS, method=settings).images
     boxes = boxes_of(dividing.masks[0])
     concepts = [Concept(name=n, region=box) for n, box in zip(("cat", "kitten"), boxes, strict=True)]
     alike = LoraComposer(step_size=0, threshold=0.5, apart=0.5)
     assert_close(found, call(composer, concepts, CATS, method=alike).images)
-    assert torch.equal(
-        found, call(composer, ("cat", "kitten"), CATS, method=replace(settings, reading="regions")).images
-    )
-    assert far_apart(found, call(composer, ("cat", "kitten"), CATS, method=replace(settings, reading="scene")).images)
 
 
 def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(composer):
