@@ -428,6 +428,7 @@ clora
         """merge
 clora
 draft
+{name: texts of regions, method: draft, settings: {reading: regions}}
 freefuse
 {name: "freefuse, conditional rows", method: freefuse, settings: {rows: cond_only}}""",
         seeds=(40, 41, 42, 43),
