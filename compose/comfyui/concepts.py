@@ -20,7 +20,7 @@ from lora_compose.compose.comfyui.weights import read_weights, written
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.division import APART_JOINT
 from lora_compose.pipelines.scene.method_choice import method_for
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, beside_its_class
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
 from lora_compose.pipelines.text.emphasis import Weighted
 from lora_compose.pipelines.text.prompts import about, named_spans, surroundings, without_triggers
@@ -321,7 +321,7 @@ class ComposeRequest:
         if everywhere and any(concept.is_bystander for concept in scenes):
             names = ", ".join(everywhere)
             logger.warning("without a box or mask, %s acts on the whole image, also in the regions of others", names)
-        composition, conditioning = self._in_regions(composition, owners)
+        composition, conditioning = self._in_regions(composition, owners, auto=False)
         if not self.joint:
             return composition, conditioning
         composition = replace(composition, owners=owners, isolate=APART_JOINT if len(owners) > 1 else 0.0)
@@ -340,7 +340,8 @@ class ComposeRequest:
         for subject in searched.values():
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
-        composition, conditioning = self._in_regions(composition, [*subjects])
+        apart = beside_its_class([*subjects.values()]) and not self.joint
+        composition, conditioning = self._in_regions(composition, [*subjects], auto=apart)
         isolate = APART_JOINT if self.joint else float(bool(composition.texts))
         composition = replace(composition, owners=[*subjects], isolate=isolate)
         if not composition.texts:
@@ -370,10 +371,10 @@ class ComposeRequest:
         return [i for i in range(len(self.concepts)) if i not in owners]
 
     def _in_regions(
-        self, composition: ComposedConcepts, owners: Sequence[int]
+        self, composition: ComposedConcepts, owners: Sequence[int], *, auto: bool
     ) -> tuple[ComposedConcepts, Conditioning]:
-        """Concepts whose regions read texts of their own, or all one."""
-        if self.texts == "regions" or (self.texts == "auto" and self._prompted):
+        """Concepts whose regions read texts of their own, or all one; `auto`: own texts where none has a prompt."""
+        if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
             return self._with_texts(composition, owners)
         if self._prompted:
             name = next(iter(self._prompted.values()))

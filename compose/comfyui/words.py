@@ -65,5 +65,6 @@ TEXT = "What the image shows, with the triggers of the concepts. Weights in brac
 PROMPT = "What its region reads, with the trigger. Empty: a text is made of that of Compose where one is needed."
 TEXTS = (
     "What regions read. shared: all read the text. regions: each reads one about its subject. auto: regions where a "
-    "concept has a prompt; otherwise shared."
+    "concept has a prompt, and in draft on models with cross-attention (UNets and Anima) where a subject without a "
+    "LoRA shares the class word of another; otherwise shared."
 )

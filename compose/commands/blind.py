@@ -36,7 +36,7 @@ def make_from(
     subjects: Annotated[int, typer.Option(help="Number of subjects in the scenes.", min=1)] = 2,
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
 ) -> None:
-    """Shuffle images of an evaluation, with two subjects or another number. Vote before you open key.json.
+    """Shuffle images of an evaluation. Vote before you open key.json.
 
     For example: lora-compose blind from outputs/evaluation/playground-full --method draft --method clora
     """

@@ -10,9 +10,9 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
 All cells read the scene's prompt, as in `regional`, and a bias draws the cells of a region to the words of its
 subject, as in `freefuse`. Attention to a class word cannot tell two cats apart, so their cells are clustered, from left
 to right. Where text and image are one sequence, a LoRA changes no words of other subjects, and regions do not see each
-other at first. A concept with a prompt of its own gets a text for its region, as do three or more on a wide canvas of
-a UNet, where regions are denoised apart at first as in `lora-composer` without updates. Regions that the user gives are
-kept, and the rest of the canvas is divided.
+other at first. A concept with a prompt of its own gets a text for its region; on UNets also a plain cat beside the cat
+of a LoRA, and three or more on a wide canvas. These regions are denoised apart at first, as in `lora-composer` without
+updates. Regions that the user gives are kept, and the rest of the canvas is divided.
 
 `docs/methods/draft.md` measures the contribution of each part.
 """
@@ -76,7 +76,7 @@ from lora_compose.pipelines.scene.division import (
     strips,
 )
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, beside_its_class
 from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import Described, missing_words
@@ -103,8 +103,8 @@ class Draft(Settings):
             where regions have their own texts.
         reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
             its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if a subject
-            has a prompt of its own, and on UNets and Anima also if one has a negative prompt, or if more than two fit
-            side by side.
+            has a prompt of its own, and on UNets and Anima also if one has a negative prompt, a bystander shares the
+            class word of another, or more than two fit side by side.
         background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
             read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
             subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
@@ -251,7 +251,8 @@ class Draft(Settings):
             return False
         if any(concept.negative_prompt is not None for concept in subjects):
             return True
-        return len(subjects) > 2 and len(subjects) * _side(canvas) <= max(canvas.latent_grid)
+        room = len(subjects) * _side(canvas) <= max(canvas.latent_grid)
+        return beside_its_class(subjects) or (len(subjects) > 2 and room)
 
 
 def _side(canvas: Canvas) -> int:

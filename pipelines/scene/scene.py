@@ -365,6 +365,12 @@ def head_noun_of(class_word: str | None) -> str:
     return spaced(class_word or "").rpartition(" ")[2]
 
 
+def beside_its_class(subjects: Sequence[Concept]) -> bool:
+    """Whether a bystander shares its noun with another subject: my cat, and a cat."""
+    nouns = [subject.head_noun for subject in subjects]
+    return any(subject.is_bystander and nouns.count(subject.head_noun) > 1 for subject in subjects)
+
+
 ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]
 """A concept set as it is given: names, concepts or their fields in a list; or by name weights, boxes and fields."""
 

@@ -540,7 +540,7 @@ def test_methods_without_places_make_the_image_without_a_subject_that_has_no_lor
 def test_a_draft_finds_a_subject_without_a_lora_by_the_class_word_that_follows_no_trigger() -> None:
     """As the masks of tokens of our pipelines do."""
     cat, text = two()[0], "a cat beside a sks cat on (grass:1.2)"
-    plan, _, clip = composed([cat, beside(noun="cat")], text, "draft", texts="regions")
+    plan, _, clip = composed([cat, beside(noun="cat")], text, "draft")
     assert [said for said, _ in clip.encoded] == [
         "on (grass:1.2)", "a sks cat on (grass:1.2)", "a cat on (grass:1.2)", "a cat beside a cat on (grass:1.2)",
         "a cat beside a cat on (grass:1.2)",

@@ -12,7 +12,7 @@ from components import random_lora, seeded, tiny_pipeline
 from lora_compose.attention import Gates
 from lora_compose.attention.install import Installation
 from lora_compose.pipelines.concepts import library
-from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.methods import Draft, Regional
 from lora_compose.pipelines.scene.scene import Concept
 from pairs import slow_but
 
@@ -71,7 +71,8 @@ GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_subjects_of_one_file_are_gated_as_those_of_two(pipe: Any, duo: Path, ranks: list[int], method: str) -> None:
     left, right = GIVEN[method]
     # Each on its own words too: else both change the text, and two files change it twice.
-    used: Any = Regional(token_mask="all") if method == "regional" else method
+    on_own_words = {"regional": Regional(token_mask="all"), "draft": Draft(token_mask="all")}
+    used: Any = on_own_words.get(method, method)
     copy = duo.with_name("copy.safetensors")
     apart = latents_of(pipe, concept("a", duo, "sks", **left), concept("b", copy, "zwx", **right), method=used)
     assert set(ranks) == {2}
