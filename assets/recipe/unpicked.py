@@ -1,6 +1,6 @@
 """Sheets on which no image is left out: seeds 0 to 19 of plain prompts, each LoRA alone, two, two of one class, three.
 
-python -m recipe.unpicked outputs/unpicked outputs/evaluation/playground-full
+python -m recipe.unpicked outputs/unpicked outputs/evaluation/playground-draft
 python -m recipe.unpicked outputs/unpicked-flux outputs/evaluation/playground-flux --model playground-flux
 """
 

@@ -62,7 +62,7 @@ class Shown:
 
 
 def make_from(folder: Path, out: Path, methods: Sequence[str], images: int, subjects: int = 2) -> None:
-    """Shuffles images of so many subjects of some rows of an evaluation and writes sheets and the files of votes.
+    """Shuffles images of an evaluation, by some of its methods in scenes of `subjects` subjects; writes the vote files.
 
     Raises ValueError for unknown methods, too few images that all of them made, and a folder with other votes.
     """

@@ -12,8 +12,10 @@ from PIL import Image
 from commands import call, flat
 from evaluations import known, store, suite
 from lora_compose.compose.evaluation.blind import HALVES, PAIRS, WAYS, BlindImage, generate, numbered, read_votes
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.evaluation.votes import Judge
+from lora_compose.compose.playground.assets import playground_model, playground_references
 from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.scene.mask_images import on_white, open_image
 from lora_compose.pipelines.scene.scene import Concept
 
 
@@ -110,6 +112,17 @@ def test_photographs_are_shown_as_references(tmp_path: Path) -> None:
     folder = store(tmp_path / "run", own.model_copy(update={"concepts": concepts}), known, draw=True)
     call("blind", "from", folder, "--method", "merge", "--images", "2", "--out", tmp_path / "votes")
     assert (tmp_path / "votes" / "0.png").is_file()
+
+
+def test_the_judge_counts_the_subjects_that_are_themselves(tmp_path: Path) -> None:
+    judge = Judge.of(store(tmp_path / "run", suite(), known, draw=True))
+    cat, dog = (on_white(open_image(playground_references(name)[0], "reference")) for name in ("cat", "dog"))
+    both = Image.new("RGB", (cat.width + dog.width, cat.height))
+    both.paste(cat, (0, 0))
+    both.paste(dog, (cat.width, 0))
+    prompt = "a sks cat and a zwx dog"
+    assert [judge.present(image, prompt, ("cat", "dog")) for image in (both, cat, dog)] == [2, 1, 1]
+    assert [judge.present(image, "a sks cat", ("cat",)) for image in (cat, dog)] == [1, 0]
 
 
 VOTES = {
