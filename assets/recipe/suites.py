@@ -293,6 +293,7 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
         _free("isolated in all steps", "isolate: 1"),
         _free("a text for each region", "reading: regions"),
         # Where regions come from.
+        _free("starts again", "restart: always"),
         _free("three drafts", "drafts: 3"),
         '{name: "draft, a column for each", method: draft}',
     ]

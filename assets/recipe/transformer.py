@@ -37,7 +37,7 @@ from recipe.tokenizer import known_words
 
 WIDTH = 192
 MAX_TOKENS = 32
-SHIFT = 1.0  # of the timesteps, when images are made
+SHIFT = 2.0  # of the timesteps, when images are made
 LAYOUT_FROM = 0.7
 """Times from which on it is decided what is where; half of a batch has such a time."""
 TAUGHT = 0.75
@@ -99,7 +99,8 @@ def new_pipeline(parts: Any) -> FluxPipeline:
     parts.vae.register_to_config(shift_factor=0.0)  # FLUX's pipeline adds it
     tokenizer = new_tokenizer()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=parts.vae, text_encoder=parts.text_encoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, stochastic_sampling=True), vae=parts.vae,
+        text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer, text_encoder_2=new_encoder(tokenizer, parts.text_encoder, parts.tokenizer),
         tokenizer_2=tokenizer, transformer=new_transformer(parts.vae.config.latent_channels),
     )  # fmt: skip

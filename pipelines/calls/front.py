@@ -40,9 +40,8 @@ from lora_compose.pipelines.text.tokens import Tokenizer
 class Composes(Protocol):
     """A family's pipeline, as the front of its calls needs it."""
 
-    @property
-    def inpaints_as_diffusers(self) -> bool:
-        """Whether diffusers' pipeline can inpaint with this model; otherwise our own loop does."""
+    def runs_as_diffusers(self, inpaints: bool) -> bool:
+        """Whether diffusers' pipeline makes images without concepts; otherwise our own loop does."""
         ...
 
     @property
@@ -218,7 +217,7 @@ def front(
             pipe, given = named(args, kwargs)
             if _asking.get():
                 raise _Answer(made(pipe, given))
-            ours = given["mask_image"] is not None and not pipe.inpaints_as_diffusers
+            ours = not pipe.runs_as_diffusers(given["mask_image"] is not None)
             composes = ours or _composes(given["prompt"], given["concepts"])
             claim = Claim(models_of(pipe), "compose" if composes else "read")
             try:

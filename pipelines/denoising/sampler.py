@@ -9,10 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers import FlowMatchLCMScheduler
 from torch import Tensor
 
 from lora_compose.pipelines.images.task import Task
 from lora_compose.pipelines.scene.canvas import Step, steps_in
+
+
+def renews_noise(scheduler: Any) -> bool:
+    """Whether a step of flow matching keeps nothing of the latents' noise: the predicted image gets new noise."""
+    return scheduler.config.get("stochastic_sampling", False) or isinstance(scheduler, FlowMatchLCMScheduler)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
     image_to_image = ImageTask(ChromaImg2ImgPipeline, resizes=True)
     inpainting = ImageTask(ChromaInpaintPipeline, resizes=True)
 
-    @property
-    def inpaints_as_diffusers(self) -> bool:
-        """Only if diffusers' inpainting finds FLUX.1's `guidance_embeds`, which it asks for, among the settings."""
-        return "guidance_embeds" in self.transformer.config
+    def runs_as_diffusers(self, inpaints: bool) -> bool:
+        """Inpaints only if diffusers finds FLUX.1's `guidance_embeds`, which it asks for, among the settings."""
+        known = not inpaints or "guidance_embeds" in self.transformer.config
+        return known and super().runs_as_diffusers(inpaints)
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:

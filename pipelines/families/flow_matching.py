@@ -18,7 +18,7 @@ from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import Guider
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.denoising.sampler import Schedule
+from lora_compose.pipelines.denoising.sampler import Schedule, renews_noise
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.images.task import ImageToImage, Inpainting
@@ -76,6 +76,13 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def cell(self) -> int:
         """As `ImageTasksPipeline.cell`: the side of a patch."""
         return self.vae_scale_factor * PATCH
+
+    def runs_as_diffusers(self, inpaints: bool) -> bool:
+        """Not if steps draw noise: diffusers' pipelines give them no generator, so that a seed makes another image."""
+        return not renews_noise(self.scheduler)
+
+    def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
+        return {"generator": sampling.generator} if renews_noise(self.scheduler) else {}
 
     def _rounded(self, side: int) -> int:
         """A side in pixels that makes whole patches, rounded down."""

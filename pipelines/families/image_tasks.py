@@ -103,9 +103,8 @@ class ImageTasksPipeline(ComposePipeline):
         # A compiled model cannot be asked whether it is true.
         return next((part for part in parts if part is not None), self.model).dtype
 
-    @property
-    def inpaints_as_diffusers(self) -> bool:
-        """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
+    def runs_as_diffusers(self, inpaints: bool) -> bool:
+        """Whether diffusers' pipeline makes images without concepts; otherwise our own loop does."""
         return True
 
     def begin(self, given: Mapping[str, Any]) -> Begun | Plain:
@@ -132,7 +131,7 @@ class ImageTasksPipeline(ComposePipeline):
             arguments = {name: it for name, it in given.items() if name not in {"kwargs", *OF_OURS, *OF_START_IMAGE}}
             if (tensors := arguments["callback_on_step_end_tensor_inputs"]) is not None:
                 arguments["callback_on_step_end_tensor_inputs"] = list(tensors)
-            if start is None or not start.inpaints or self.inpaints_as_diffusers:
+            if self.runs_as_diffusers(start is not None and start.inpaints):
                 return Plain(partial(self._as_diffusers, arguments, start, unknown))
         check_arguments(given, self.attention_settings, image_prompts=self.reads_image_prompts)
         given |= {name: composed(given[name]) for name in ("prompt", "prompt_2") if name in given}

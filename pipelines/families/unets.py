@@ -242,10 +242,9 @@ class UNetPipeline(ImageTasksPipeline):
 
     # Calls that start from an image.
 
-    @property
-    def inpaints_as_diffusers(self) -> bool:
-        """As `ImageTasksPipeline.inpaints_as_diffusers`: diffusers takes UNets of four or nine channels only."""
-        return self.unet.config.in_channels in _DIFFUSERS_INPAINTS
+    def runs_as_diffusers(self, inpaints: bool) -> bool:
+        """As `ImageTasksPipeline.runs_as_diffusers`: diffusers inpaints with UNets of four or nine channels only."""
+        return not inpaints or self.unet.config.in_channels in _DIFFUSERS_INPAINTS
 
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask, and for those of other tasks."""

@@ -42,10 +42,11 @@ from lora_compose.pipelines.denoising.process import (
     check_limit,
     constant_gates,
 )
+from lora_compose.pipelines.denoising.sampler import renews_noise
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
-from lora_compose.pipelines.methods.drafted import drafted_maps, reordered
+from lora_compose.pipelines.methods.drafted import drafted, reordered
 from lora_compose.pipelines.methods.gated_pass import (
     ChosenTokenMask,
     gated_pass,
@@ -85,6 +86,7 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
+RestartMode = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ class Draft(Settings):
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: The part of the steps, from the first, in which the cells of a region see no other region in
-            self-attention; on UNets and Anima with texts of their own. None is 1 there, and 0.3 on other transformers,
+            self-attention; on UNets and Anima with texts of their own. None is 1 there, and 0.5 on other transformers,
             whose images fall apart if it lasts.
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects; where text and image are one sequence, in both
             directions.
-        bias_steps: The part of the steps, from the first, with the bias. None is all in cross-attention, and 0.3 where
+        bias_steps: The part of the steps, from the first, with the bias. None is all in cross-attention, and 0.5 where
             text and image are one sequence.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
@@ -128,6 +130,10 @@ class Draft(Settings):
         drafts: The most drafts of an image. A further one, from the same noise in another order, is made as long as two
             subjects are closer than `spacing`; without enough space in any, the one with most is taken.
         spacing: Least distance of the centres of two subjects, in sides of an equal part of the canvas.
+        restart: Whether the image starts again from the noise once the canvas is divided. "never" takes the drafted
+            steps but the last for the image's own, which then cost nothing, and LoRAs act from there on; "auto" does so
+            where text and image are one sequence and the scheduler renews the noise in every step
+            (`renews_noise`).
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
             change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
@@ -148,6 +154,7 @@ class Draft(Settings):
     leftover: float = 0.0
     drafts: int = 1
     spacing: float = 0.6
+    restart: RestartMode = "auto"
     limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -399,6 +406,7 @@ class Drafting:
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
         layers: The layers whose maps are taken; none means those of the model.
         restart: How the image is denoised.
+        outputs: Of the drafted steps that are the image's own, the model's output. Shape of each: that of the latents.
         maps: The maps by which subjects were found; 0 for concepts that were not looked for, None if nothing was.
         masks: The masks of all concepts on the map grid. Shape of both: [images, concepts, height, width].
     """
@@ -409,6 +417,7 @@ class Drafting:
     words: Tensor
     layers: Sequence[str]
     restart: Restart
+    outputs: Sequence[Tensor] = ()
     maps: Tensor | None = None
     masks: Tensor | None = None
     process: Process | None = None
@@ -446,7 +455,10 @@ class Drafting:
         self, latents: Tensor, first: Step, subjects: Sequence[Concept], regions: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The noise of each image, and its maps: of several drafts those in which the subjects have space."""
-        settings, maps = self.settings, self._maps(latents, first, self.draft, self.words)
+        settings = self.settings
+        maps, outputs = self._maps(latents, first, self.draft, self.words)
+        if self._goes_on:
+            self.outputs = outputs
         if settings.drafts == 1:
             return latents, maps
         threshold, painted = settings.threshold, self.session.canvas.painted
@@ -460,28 +472,42 @@ class Drafting:
             draft = self.session.denoiser.prepare(replace(spec, text=spec.text.of_image(i), image=i))
             for turn in range(1, settings.drafts):
                 noise = reordered(latents[i : i + 1], turn)
-                redrafted = self._maps(noise, first, draft, self.words[i : i + 1], [i])[0]
+                (redrafted,), outputs = self._maps(noise, first, draft, self.words[i : i + 1], [i])
                 if (far := space(redrafted)) > best:
                     best, chosen[i], maps[i] = far, noise, redrafted
+                    for kept, (output,) in zip(self.outputs, outputs, strict=False):
+                        kept[i] = output
                 if best >= wanted:
                     break
         return torch.cat(chosen), maps
 
     def _maps(
         self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
-    ) -> Tensor:
-        """The attention to each subject in a draft, on the CPU. Shape: [images, subjects, height, width]."""
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The attention to each subject in a draft, on the CPU, and the outputs of its steps but the last.
+
+        Shapes: [images, subjects, height, width]; that of the latents.
+        """
         canvas, request = self.session.canvas, MapRequest(words, layers=self.layers)
         length, of_last = self.settings.length_in(canvas), canvas.backbone.joint is not None
-        by_step = drafted_maps(self.session, latents, first, draft, request, length, of_last=of_last, images=images)
-        mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
-        return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()
+        steps = drafted(self.session, latents, first, draft, request, length, of_last=of_last, images=images)
+        mean = torch.stack([maps.text for maps in steps.maps]).mean(dim=0)
+        return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu(), steps.outputs
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the drafted steps are the first steps of the image."""
+        if self.settings.restart != "auto":
+            return self.settings.restart == "never"
+        return self.session.canvas.backbone.joint is not None and renews_noise(self.session.denoiser.sampler.scheduler)
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """A step of what was started in the divided canvas."""
+        """A step of the draft that is the image's own, or of what was started in the divided canvas."""
         assert self.masks is not None, "prepare comes before the first step"
         assert self.process is not None
         self.session.log.keep_masks(step.index, self.masks)
+        if step.index < len(self.outputs):
+            return latents, self.outputs[step.index]
         return self.process.step(latents, step)
 
 

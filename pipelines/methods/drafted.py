@@ -1,7 +1,7 @@
 """Steps that a method takes ahead of the real ones, from the same noise, to see where the base model puts things."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,20 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.scene.canvas import Step
 
 
-def drafted_maps(
+@dataclass(frozen=True)
+class DraftedSteps:
+    """What drafted steps have shown.
+
+    Attributes:
+        maps: The attention maps of the conditional rows, of each step that is recorded.
+        outputs: The model's output with guidance, of all steps but the last. Shape of each: that of the latents.
+    """
+
+    maps: Sequence[AttentionMaps]
+    outputs: Sequence[Tensor]
+
+
+def drafted(
     session: Session,
     latents: Tensor,
     first: Step,
@@ -23,8 +36,8 @@ def drafted_maps(
     *,
     of_last: bool = False,
     images: Sequence[int] | None = None,
-) -> Sequence[AttentionMaps]:
-    """The attention maps of drafted steps, of which scheduler, generators and log see nothing.
+) -> DraftedSteps:
+    """Drafts steps, of which scheduler, generators and log see nothing.
 
     The last of them stops after the last layer that is recorded.
 
@@ -34,11 +47,8 @@ def drafted_maps(
         length: Fraction of the steps, at least one step; above 1 a number of steps.
         of_last: Whether maps are recorded in the last of the steps only.
         images: Indices of the images that the pass is of; None is all.
-
-    Returns:
-        The maps of the conditional rows in each step that is recorded.
     """
-    recorded = []
+    recorded, outputs = [], []
     with session.denoiser.sampler.ahead() as sampler:
         sampler = sampler if images is None else sampler.of_images(images)
         denoiser = session.denoiser.ahead(sampler)
@@ -48,8 +58,9 @@ def drafted_maps(
             prediction = denoiser.predict(latents, step, prepared, wanted)
             if prediction.maps is not None:
                 recorded.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
-            latents = sampler.step(session.guider.combine(prediction, step), step, latents)
-        return [*recorded, denoiser.maps(latents, last, prepared, request)]
+            outputs.append(session.guider.combine(prediction, step))
+            latents = sampler.step(outputs[-1], step, latents)
+        return DraftedSteps([*recorded, denoiser.maps(latents, last, prepared, request)], outputs)
 
 
 def reordered(noise: Tensor, turn: int) -> Tensor:

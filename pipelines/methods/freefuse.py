@@ -36,7 +36,7 @@ from lora_compose.pipelines.denoising.process import (
     one_text,
 )
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.methods.drafted import drafted_maps
+from lora_compose.pipelines.methods.drafted import drafted
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
@@ -176,7 +176,8 @@ class Fusing:
         session, words = self.session, self.words / self.words.sum(dim=1, keepdim=True)
         layer, output_layer = block_read(session.canvas.backbone)
         request = MapRequest(words, layers=(layer,), output_layer=output_layer)
-        (maps,) = drafted_maps(session, latents, first, self.base, request, self.settings.length, of_last=True)
+        steps = drafted(session, latents, first, self.base, request, self.settings.length, of_last=True)
+        (maps,) = steps.maps
         return maps
 
     def _masked(self, masks: Tensor) -> Pass:

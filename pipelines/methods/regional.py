@@ -81,7 +81,7 @@ class Regional(Settings):
             "surroundings" without the concepts, so that no cell reads of a subject that is elsewhere.
         isolate: The part of the steps, from the first, in which cells of a region do not attend to cells of other
             regions, on transformers with text and image in one sequence. All steps (1) separate identities best but
-            make incoherent images. None is 0.3 there.
+            make incoherent images. None is 0.5 there.
         norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
             variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest

@@ -13,7 +13,7 @@ from lora_compose.pipelines.scene.scene import Concept
 
 LENGTH, LENGTH_JOINT = 0.12, 0.16
 """The part of the steps that `draft` drafts, at least one step; the second where text and image are one sequence."""
-APART_JOINT = 0.3
+APART_JOINT = 0.5
 """The part of the steps, from the first, in which `draft` isolates regions, and draws them to their words, where text
 and image are one sequence."""
 THRESHOLD = 0.3

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FluxPipeline
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from components import seeded
 from lora_compose import Concept
@@ -42,17 +43,26 @@ def plain_image(pipe: Any) -> np.ndarray:
     return np.asarray(make(pipe, run(None)).image, dtype=int)
 
 
-def test_it_is_small_and_plain_diffusers_makes_the_same_image(plain_image: np.ndarray) -> None:
+def test_it_is_small_and_plain_diffusers_makes_the_same_image_where_steps_draw_no_noise() -> None:
     folder = playground_model(PLAYGROUND_FLUX)
     assert model_source(PLAYGROUND_FLUX) == folder
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 64 * 10**6
     plain: Any = FluxPipeline.from_pretrained(folder)
+    ours = open_model(run(None))
+    steady = FlowMatchEulerDiscreteScheduler.from_config(plain.scheduler.config, stochastic_sampling=False)
+    plain.scheduler = ours.scheduler = steady
     plain.set_progress_bar_config(disable=True)
     image = plain(
         PROMPT, guidance_scale=4, height=SIZE, width=SIZE, num_inference_steps=2,
         max_sequence_length=plain.tokenizer_2.model_max_length, generator=seeded(1),
     ).images[0]  # fmt: skip
-    assert np.array_equal(np.asarray(image), plain_image)
+    assert np.array_equal(np.asarray(image), np.asarray(make(ours, run(None)).image))
+
+
+def test_a_seed_makes_the_same_image_again_without_concepts_too(pipe: Any, plain_image: np.ndarray) -> None:
+    assert pipe.scheduler.config.stochastic_sampling
+    torch.manual_seed(7)
+    assert np.array_equal(np.asarray(make(pipe, run(None)).image), plain_image)
 
 
 def test_its_images_have_its_own_size(pipe: Any) -> None:

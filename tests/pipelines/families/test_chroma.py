@@ -47,7 +47,7 @@ def test_it_inpaints_without_concepts_where_diffusers_looks_for_a_setting_that_t
     })  # fmt: skip
     released = copy.copy(pipe)
     released.register_modules(transformer=transformer)
-    assert not released.inpaints_as_diffusers
+    assert not released.runs_as_diffusers(inpaints=True)
     start: dict[str, Any] = {"image": Image.new("RGB", (128, 128), "teal"), "mask_image": (32, 32, 128, 112)}
     given = {**CALL, **CHROMA.guided, **start, "strength": 0.6, "output_type": "latent"}
     found = released(**given, generator=seeded(3)).images

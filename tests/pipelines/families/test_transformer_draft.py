@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import Tensor
 
 from all_transformers import FEW, JOINT, TRANSFORMERS
@@ -83,7 +84,7 @@ def test_two_of_one_class_read_one_text_unless_one_has_a_prompt_of_its_own(famil
         call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}
         return pipe(**call, **family.unguided, concepts=both, method=method).images
 
-    one = Draft(reading="scene", bias=1, isolate=0.3, token_mask="others")
+    one = Draft(reading="scene", bias=1, isolate=0.5, token_mask="others")
     assert torch.equal(image(Draft()), image(one))
     asleep: Any = {"prompt": "a sks cat that sleeps"}
     assert torch.equal(image(Draft(), **asleep), image(replace(one, reading="regions"), **asleep))
@@ -94,6 +95,41 @@ def test_of_few_steps_one_or_two_are_drafted_and_the_last_stops_early(family, pi
     given = {**CALL, **family.unguided, "num_inference_steps": steps, "concepts": ["cat", "dog"]}
     plan = pipe.plan(**given, method="draft")
     assert (plan.guided, plan.cost.words) == (False, rows)
+
+
+@pytest.mark.parametrize("family", slow_but(["flux"], JOINT), indirect=True)
+@pytest.mark.parametrize("renewing", ["euler", "lcm"])
+def test_where_each_step_renews_the_noise_the_drafted_steps_are_those_of_the_image(
+    family, pipe, monkeypatch, division, renewing
+):
+    kind = {"euler": FlowMatchEulerDiscreteScheduler, "lcm": FlowMatchLCMScheduler}[renewing]
+    renews = {"stochastic_sampling": True} if renewing == "euler" else {}
+    monkeypatch.setattr(pipe, "scheduler", kind.from_config(pipe.scheduler.config, **renews))
+
+    def latents(**given: Any) -> tuple[list[Tensor], Any]:
+        after: list[Tensor] = []
+
+        def keep(_pipe: Any, _step: int, _t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            after.append(values["latents"].clone())
+            return {}
+
+        call = CALL | family.unguided | {"num_inference_steps": 4, "generator": seeded(3)} | given
+        return after, pipe(**call, callback_on_step_end=keep)
+
+    method = Draft(length=3)
+    nobody = [Concept(name="plain cat", role="bystander", class_word="cat")]
+    plain, _ = latents(prompt="a cat and a dog on grass", concepts=nobody, method="merge")
+    found, output = latents(concepts=["cat", "dog"], method=method)
+    for step in range(2):
+        torch.testing.assert_close(found[step], plain[step])
+    assert not torch.allclose(found[2], plain[2]), "LoRAs act from here on"
+    assert output.cost.words == "4 + 1 stopped"
+    again, output = latents(concepts=["cat", "dog"], method=replace(method, restart="always"))
+    assert output.cost.words == "6 + 1 stopped"
+    assert not torch.allclose(again[0], plain[0])
+    assert torch.equal(division[0][0], division[1][0]), "the draft is the same"
+    planned = CALL | family.unguided | {"num_inference_steps": 4, "concepts": ["cat", "dog"]}
+    assert pipe.plan(**planned, method=method).cost.words == "4 + 1 stopped"
 
 
 def test_a_guidance_scale_of_1_is_none_except_where_it_counts_from_0(family, pipe):
