@@ -135,6 +135,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "leftover": "Leave out cells below (share of the highest)",
         "drafts": "Drafts at most",
         "spacing": "Space that subjects have to have",
+        "restart": "Start the image again after its draft",
         "limit": "Most that LoRAs change together",
     },
     "clora": {

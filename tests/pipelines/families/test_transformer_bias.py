@@ -212,7 +212,7 @@ def test_regions_are_apart_and_drawn_to_their_words_at_first_only(family, pipe):
         pipe(**call, concepts=["cat", "dog"], method=method, num_images_per_prompt=2, callback_on_step_end=seen)
         return after[0], after[-1]
 
-    method = Draft(length=1)
+    method = Draft(length=1, isolate=0.3, bias_steps=0.3)
     first, last = latents(method)
     assert torch.equal(first, latents(replace(method, isolate=1, bias_steps=1))[0])
     assert torch.equal(last, latents(replace(method, isolate=0, bias=0), first)[1])
