@@ -99,10 +99,11 @@ def new_pipeline(parts: Any) -> FluxPipeline:
     parts.vae.register_to_config(shift_factor=0.0)  # FLUX's pipeline adds it
     tokenizer = new_tokenizer()
     return FluxPipeline(
+        # Deterministic steps tear faces: an error in the latents stays.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, stochastic_sampling=True), vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer, text_encoder_2=new_encoder(tokenizer, parts.text_encoder, parts.tokenizer),
-        tokenizer_2=tokenizer, transformer=new_transformer(parts.vae.config.latent_channels),
+        text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
+        text_encoder_2=new_encoder(tokenizer, parts.text_encoder, parts.tokenizer), tokenizer_2=tokenizer,
+        transformer=new_transformer(parts.vae.config.latent_channels),
     )  # fmt: skip
 
 

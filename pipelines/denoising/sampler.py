@@ -17,7 +17,7 @@ from lora_compose.pipelines.scene.canvas import Step, steps_in
 
 
 def renews_noise(scheduler: Any) -> bool:
-    """Whether a step of flow matching keeps nothing of the latents' noise: the predicted image gets new noise."""
+    """Whether a scheduler of flow matching replaces the noise in every step: the predicted image gets a new one."""
     return scheduler.config.get("stochastic_sampling", False) or isinstance(scheduler, FlowMatchLCMScheduler)
 
 

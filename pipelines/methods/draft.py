@@ -130,10 +130,9 @@ class Draft(Settings):
         drafts: The most drafts of an image. A further one, from the same noise in another order, is made as long as two
             subjects are closer than `spacing`; without enough space in any, the one with most is taken.
         spacing: Least distance of the centres of two subjects, in sides of an equal part of the canvas.
-        restart: Whether the image starts again from the noise once the canvas is divided. "never" takes the drafted
-            steps but the last for the image's own, which then cost nothing, and LoRAs act from there on; "auto" does so
-            where text and image are one sequence and the scheduler renews the noise in every step
-            (`renews_noise`).
+        restart: Whether the image starts again from the noise once the canvas is divided. With "never" it continues
+            from the draft: the drafted steps but the last are its own, and LoRAs act from there on. "auto" continues
+            where text and image are one sequence and the scheduler replaces the noise in every step (`renews_noise`).
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
             change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
@@ -406,7 +405,8 @@ class Drafting:
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
         layers: The layers whose maps are taken; none means those of the model.
         restart: How the image is denoised.
-        outputs: Of the drafted steps that are the image's own, the model's output. Shape of each: that of the latents.
+        outputs: The model's output in the drafted steps that the image continues from; none if it starts again. Shape
+            of each: that of the latents.
         maps: The maps by which subjects were found; 0 for concepts that were not looked for, None if nothing was.
         masks: The masks of all concepts on the map grid. Shape of both: [images, concepts, height, width].
     """
@@ -457,7 +457,7 @@ class Drafting:
         """The noise of each image, and its maps: of several drafts those in which the subjects have space."""
         settings = self.settings
         maps, outputs = self._maps(latents, first, self.draft, self.words)
-        if self._goes_on:
+        if self._continues:
             self.outputs = outputs
         if settings.drafts == 1:
             return latents, maps
@@ -495,14 +495,14 @@ class Drafting:
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu(), steps.outputs
 
     @property
-    def _goes_on(self) -> bool:
-        """Whether the drafted steps are the first steps of the image."""
+    def _continues(self) -> bool:
+        """Whether the image continues from the draft."""
         if self.settings.restart != "auto":
             return self.settings.restart == "never"
         return self.session.canvas.backbone.joint is not None and renews_noise(self.session.denoiser.sampler.scheduler)
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """A step of the draft that is the image's own, or of what was started in the divided canvas."""
+        """A step of what was started in the divided canvas, or a drafted one that the image continues from."""
         assert self.masks is not None, "prepare comes before the first step"
         assert self.process is not None
         self.session.log.keep_masks(step.index, self.masks)

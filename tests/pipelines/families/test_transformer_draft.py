@@ -14,11 +14,13 @@ from components import seeded
 from flux import FLUX
 from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
+from lora_compose.pipelines.methods.drafted import reordered
 from lora_compose.pipelines.scene.division import divided
 from pairs import in_pairs, slow_but
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 from z_image import Z_IMAGE
 
+NOISE = torch.randn(1, 4, 16, 16, generator=seeded(1))
 CALL: dict[str, Any] = {
     "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 2,
     "max_sequence_length": TOKENS, "output_type": "latent",
@@ -97,9 +99,9 @@ def test_of_few_steps_one_or_two_are_drafted_and_the_last_stops_early(family, pi
     assert (plan.guided, plan.cost.words) == (False, rows)
 
 
-@pytest.mark.parametrize("family", slow_but(["flux"], JOINT), indirect=True)
+@pytest.mark.parametrize("family", slow_but(["qwen-image"], JOINT), indirect=True)
 @pytest.mark.parametrize("renewing", ["euler", "lcm"])
-def test_where_each_step_renews_the_noise_the_drafted_steps_are_those_of_the_image(
+def test_where_steps_replace_the_noise_the_image_continues_from_the_draft(
     family, pipe, monkeypatch, division, renewing
 ):
     kind = {"euler": FlowMatchEulerDiscreteScheduler, "lcm": FlowMatchLCMScheduler}[renewing]
@@ -117,8 +119,8 @@ def test_where_each_step_renews_the_noise_the_drafted_steps_are_those_of_the_ima
         return after, pipe(**call, callback_on_step_end=keep)
 
     method = Draft(length=3)
-    nobody = [Concept(name="plain cat", role="bystander", class_word="cat")]
-    plain, _ = latents(prompt="a cat and a dog on grass", concepts=nobody, method="merge")
+    bystander = Concept(name="plain cat", role="bystander", class_word="cat")  # has no LoRA
+    plain, _ = latents(prompt="a cat and a dog on grass", concepts=[bystander], method="merge")
     found, output = latents(concepts=["cat", "dog"], method=method)
     for step in range(2):
         torch.testing.assert_close(found[step], plain[step])
@@ -130,6 +132,13 @@ def test_where_each_step_renews_the_noise_the_drafted_steps_are_those_of_the_ima
     assert torch.equal(division[0][0], division[1][0]), "the draft is the same"
     planned = CALL | family.unguided | {"num_inference_steps": 4, "concepts": ["cat", "dog"]}
     assert pipe.plan(**planned, method=method).cost.words == "4 + 1 stopped"
+
+    noises = [NOISE, reordered(NOISE, 1)]
+    each = [latents(concepts=["cat", "dog"], method=method, latents=noise)[0][-1] for noise in noises]
+    several = replace(method, drafts=2, spacing=9)
+    best, output = latents(concepts=["cat", "dog"], method=several, latents=NOISE)
+    assert output.cost.words == "6 + 2 stopped"
+    assert any(torch.allclose(best[-1], one) for one in each), "it continues from the draft that is taken"
 
 
 def test_a_guidance_scale_of_1_is_none_except_where_it_counts_from_0(family, pipe):
