@@ -2,6 +2,7 @@
 
     PYTHONPATH=assets python -m recipe.judge train drawings.npz OUT --vae VAE --tokenizer TOKENIZER --minutes 60
     PYTHONPATH=assets python -m recipe.judge check OUT drawings.npz
+    PYTHONPATH=assets python -m recipe.judge count OUT assets/playground/references
 
 It is trained with the contrastive loss of CLIP (Radford et al. 2021), in which every caption that is right about an
 image counts as a match; with the same loss over all names that a crop can have ("a cat", "a part of a cat",
@@ -23,9 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from lora_compose.compose.evaluation.detectors import WindowDetector
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from lora_compose.pipelines.scene.mask_images import open_image
 from recipe.judge_data import NAMES, SIDE, Artist, JudgeBatch, JudgeBatches
 from recipe.loop import keep, resume, share
 from recipe.world import CHARACTERS, CLASSES, article
@@ -35,6 +38,7 @@ TEXT_LAYERS = 3
 IMAGE_TEMPERATURE = 0.1
 EMA = 0.998
 EVERY = 50  # steps between two lines of progress, and two checkpoints
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 
 app = typer.Typer(help="Train and check the judge of the small world.", no_args_is_help=True)
 
@@ -199,6 +203,34 @@ def check(judge: Path, artwork: Path, views: Annotated[int, typer.Option(min=2)]
         least, others = (mine[1::2] @ centre).quantile(0.1), crops[near] @ centre
         over = 100 * (others > least).float().mean()
         echo(f"{name}: nine in ten of its views are over {least:.2f}, and {over:.1f} % of others")
+
+
+@app.command()
+@handle_errors()
+def count(judge: Path, references: Path) -> None:
+    """Prints how often the detector counts drawings wrong: one in each reference, and two side by side.
+
+    The evaluation's detector keeps windows above a threshold (`WindowsConfig`): a low one counts one object twice.
+    """
+    detector = WindowDetector(load_encoder(str(judge)), CLASSES, threshold=min(THRESHOLDS))
+    scores: dict[int, list[list[float]]] = {1: [], 2: []}
+    for name, known in CHARACTERS.items():
+        drawn = [open_image(path, "reference") for path in sorted((references / name).glob("*.png"))]
+        pairs = [_side_by_side(*pair) for pair in zip(drawn[::2], drawn[1::2], strict=False)]
+        for number, images in ((1, drawn), (2, pairs)):
+            scores[number] += [[it.score for it in detector.detect(each, [known.class_word])] for each in images]
+    for threshold in THRESHOLDS:
+        for number, rows in scores.items():
+            seen = np.array([sum(score >= threshold for score in row) for row in rows])
+            more, fewer = (seen > number).sum(), (seen < number).sum()
+            echo(f"threshold {threshold}, {number} in each of {len(seen)} images: more in {more}, fewer in {fewer}")
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
 
 
 if __name__ == "__main__":

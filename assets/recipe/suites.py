@@ -89,6 +89,7 @@ class Suite(NamedTuple):
         baseline: The method that others are compared with.
         steps: Steps of an image.
         model: playground or playground-flux.
+        scheduler: Class name of a diffusers scheduler; None keeps the model's.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Suite(NamedTuple):
     baseline: str = "merge"
     steps: int = 25
     model: str = "playground"
+    scheduler: str | None = None
 
     def text(self) -> str:
         """The file."""
@@ -114,6 +116,7 @@ class Suite(NamedTuple):
                 f"  vocabulary: [{', '.join(CLASSES)}]",
                 f"steps: {self.steps}",
                 f"guidance_scale: {GUIDANCE}",
+                *([f"scheduler: {self.scheduler}"] if self.scheduler else []),
                 f"seeds: {list(self.seeds)}",
                 f"batch_size: {min(4, len(self.seeds))}",
                 "threads: 1",
@@ -281,6 +284,13 @@ def _free(name: str, settings: str) -> str:
     return f'{{name: "{name}", method: draft, settings: {{keep_regions: false, {settings}}}}}'
 
 
+WITHOUT_BOXES = """merge
+clora
+draft
+{name: texts of regions, method: draft, settings: {reading: regions}}
+freefuse
+{name: "freefuse, conditional rows", method: freefuse, settings: {rows: cond_only}}"""
+
 PARTS_IN_ONE_SEQUENCE = "\n".join(
     [
         "merge",
@@ -426,13 +436,16 @@ clora
         "Scenes, places and seeds that no setting of the draft was chosen by: pairs, one class and three concepts, "
         "without boxes.",
         [*_pairs(HELD_BACK), *_pairs(HELD_BACK_ONE_CLASS), *threes(HELD_BACK_THREES, size=WIDE)],
-        """merge
-clora
-draft
-{name: texts of regions, method: draft, settings: {reading: regions}}
-freefuse
-{name: "freefuse, conditional rows", method: freefuse, settings: {rows: cond_only}}""",
+        WITHOUT_BOXES,
         seeds=(40, 41, 42, 43),
+    ),
+    Suite(
+        "playground-draft-ancestral",
+        "The scenes, methods and seeds of playground-draft with new noise in every step.",
+        [*_pairs(HELD_BACK), *_pairs(HELD_BACK_ONE_CLASS), *threes(HELD_BACK_THREES, size=WIDE)],
+        WITHOUT_BOXES + "\n{name: continues from the draft, method: draft, settings: {restart: never}}",
+        seeds=(40, 41, 42, 43),
+        scheduler="EulerAncestralDiscreteScheduler",
     ),
     Suite(
         "playground-draft-parts",

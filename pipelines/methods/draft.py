@@ -507,6 +507,8 @@ class Drafting:
         assert self.process is not None
         self.session.log.keep_masks(step.index, self.masks)
         if step.index < len(self.outputs):
+            # Schedulers such as Euler's warn if a step comes without it.
+            self.session.denoiser.sampler.scaled(latents, step.t)
             return latents, self.outputs[step.index]
         return self.process.step(latents, step)
 

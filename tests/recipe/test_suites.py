@@ -13,8 +13,8 @@ from recipe.tokenizer import known_words
 from recipe.world import CHARACTERS, SIZE
 
 HELD_BACK = (
-    "playground-draft", "playground-threes", "playground-flux-draft", "playground-flux-8-steps",
-    "playground-flux-4-steps",
+    "playground-draft", "playground-draft-ancestral", "playground-threes", "playground-flux-draft",
+    "playground-flux-8-steps", "playground-flux-4-steps",
 )  # fmt: skip
 """Suites of what was chosen in others."""
 

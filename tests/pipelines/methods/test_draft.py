@@ -1,5 +1,6 @@
 """Draft against independent references: maps of plain diffusers, and methods that are given the boxes found."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -178,6 +179,29 @@ def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, divi
         )
         concepts.append(Concept(name=name, region=str(tmp_path / f"{name}.png")))
     assert torch.equal(found, call(composer, concepts, method="regional").images)
+
+
+def test_an_image_that_continues_from_the_draft_has_its_first_steps_and_no_warning(composer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
+    bystander = Concept(name="plain cat", role="bystander", class_word="cat")  # has no LoRA
+
+    def after_each_step(**given: Any) -> list[Tensor]:
+        after: list[Tensor] = []
+
+        def keep(_pipe: Any, _step: int, _t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            after.append(values["latents"].clone())
+            return {}
+
+        call(composer, num_inference_steps=4, callback_on_step_end=keep, **given)
+        return after
+
+    drafted = after_each_step(method=Draft(length=3, restart="never"))
+    assert not [record for record in caplog.records if record.name.startswith("diffusers")]
+    plain = after_each_step(prompt=BASE, concepts=[bystander], method="merge")
+    for ours, base in zip(drafted[:2], plain[:2], strict=True):
+        torch.testing.assert_close(ours, base)
+    assert not torch.allclose(drafted[2], plain[2]), "LoRAs act from here on"
 
 
 def test_a_generator_of_pytorch_itself_is_left_alone(composer):
