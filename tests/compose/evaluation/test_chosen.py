@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from commands import call, flat
 from lora_compose.compose.evaluation.chosen import MODELS, chosen
@@ -121,7 +121,7 @@ def test_dino_compares_the_class_token_of_the_image_and_of_what_was_found(dino: 
     image = Image.effect_noise((128, 128), 90).convert("RGB")
     scores = open_scorer(suite).score(image, scene)
 
-    model, processor = Dinov2Model.from_pretrained(dino).eval(), AutoImageProcessor.from_pretrained(dino, backend="pil")
+    model, processor = Dinov2Model.from_pretrained(dino).eval(), BitImageProcessorPil.from_pretrained(dino)
 
     @torch.no_grad()
     def token(shown: Image.Image) -> torch.Tensor:
