@@ -52,6 +52,9 @@ def train(
     high_noise: Annotated[
         float | None, typer.Option(help="Share of the rows with the most noise, which decides shapes and places.")
     ] = None,
+    input_perturbation: Annotated[
+        float | None, typer.Option(help="Noise in the input alone, e.g. 0.1: images forgive errors of steps.")
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,

@@ -6,6 +6,7 @@ rows do not depend on how they are split into processes and batches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +26,28 @@ def generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
+class Row(NamedTuple):
+    """Latents of an image, the noise to be predicted, that of the network's input, and the time."""
+
+    latents: Tensor
+    noise: Tensor
+    input_noise: Tensor
+    time: float
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """An endless row of examples with noise: every example once, in a new order every time.
 
-    `kind` tells streams of one training apart.
+    `kind` tells streams of one training apart. The noise of the network's input is the other noise plus
+    `input_perturbation` times noise of its own (Ning et al., arXiv 2301.11706).
     """
 
     examples: Examples
     seed: int
     kind: int
     noising: Noising
+    input_perturbation: float = 0.0
 
     def image(self, row: int) -> int:
         """The example of a row."""
@@ -43,11 +55,15 @@ class Stream:
         order = torch.randperm(len(self.examples), generator=generator(self.seed, _ORDER, self.kind, epoch))
         return int(order[place])
 
-    def draw(self, row: int) -> tuple[Tensor, Tensor, float]:
-        """Latents, noise and time of a row."""
+    def draw(self, row: int) -> Row:
+        """A row."""
         latents, random = self.examples.latents[self.image(row)], generator(self.seed, self.kind, row)
         noise = torch.randn(latents.shape, generator=random)
-        return latents, noise, self.noising.draw(random)
+        time = self.noising.draw(random)
+        if not self.input_perturbation:
+            return Row(latents, noise, noise, time)
+        perturbation = self.input_perturbation * torch.randn(noise.shape, generator=random)
+        return Row(latents, noise, noise + perturbation, time)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +98,12 @@ class Batches:
 
 
 def _rows_of(stream: Stream, rows: range) -> tuple[Sequence[int], Sequence[Tensor], dict[str, Tensor]]:
-    """Images of some rows; their latents, noise, times, text and masks; further inputs of the network."""
+    """Images of some rows; their latents, both noises, times, text and masks; further inputs of the network."""
     images = [stream.image(row) for row in rows]
-    latents, noise, times = zip(*map(stream.draw, rows), strict=True)
+    latents, noise, input_noise, times = zip(*map(stream.draw, rows), strict=True)
     examples = stream.examples
     captions = examples.caption[images]
-    tensors = torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions]
+    tensors = *map(torch.stack, (latents, noise, input_noise)), torch.tensor(times), examples.text[captions]
     added = {name: value[captions] for name, value in examples.by_caption.items()}
     added |= {name: value[images] for name, value in examples.by_image.items()}
     return images, (*tensors, examples.mask[captions]), added
@@ -95,9 +111,9 @@ def _rows_of(stream: Stream, rows: range) -> tuple[Sequence[int], Sequence[Tenso
 
 def batches_of(
     concept: Examples, prior: Examples | None, rows: WordFeatures | None, *, seed: int, sizes: tuple[int, int],
-    noising: Noising, **share: int,
+    noising: Noising, input_perturbation: float = 0.0, **share: int,
 ) -> Batches:  # fmt: skip
     """The batches of a training; arguments as in `Batches` and `Stream`."""
-    of_concept = Stream(concept, seed, _CONCEPT, noising)
-    of_class = None if prior is None else Stream(prior, seed, _CLASS, noising)
+    of_concept = Stream(concept, seed, _CONCEPT, noising, input_perturbation)
+    of_class = None if prior is None else Stream(prior, seed, _CLASS, noising, input_perturbation)
     return Batches(of_concept, of_class, rows, sizes, **share)

@@ -17,7 +17,8 @@ class Batch(NamedTuple):
 
     Attributes:
         latents: Shape: [rows, channels, height, width].
-        noise: As `latents`.
+        noise: Which the network is to tell from the image. As `latents`.
+        input_noise: With which its input is noised; that noise, or a perturbation of it. As `latents`.
         times: At which they are noised. Shape: [rows].
         text: Features of the captions. Shape: [rows, tokens, channels].
         mask: 1 at triggers, 0 everywhere in rows of the class. Shape: [rows, tokens, 1].
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
 
     latents: Tensor
     noise: Tensor
+    input_noise: Tensor
     times: Tensor
     text: Tensor
     mask: Tensor
@@ -80,7 +82,7 @@ class Learner(nn.Module):
         """The losses of a batch; concept and class are separated before any is computed."""
         if self.focus is not None:
             self.focus.mask = batch.mask if self.focus.in_training else torch.ones_like(batch.mask)
-        noisy = self.noising.noisy(batch.latents, batch.noise, batch.times)
+        noisy = self.noising.noisy(batch.latents, batch.input_noise, batch.times)
         target = self.noising.target(batch.latents, batch.noise, batch.times)
         if self.preserves:
             target = torch.cat([target[: batch.own], self._base(noisy, batch)])

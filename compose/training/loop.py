@@ -253,6 +253,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
         seed=settings.seed,
         sizes=(settings.batch_size, settings.prior_batch or settings.batch_size),
         noising=noising,
+        input_perturbation=settings.input_perturbation,
         accumulate=settings.accumulate,
         processes=accelerator.num_processes,
         process=accelerator.process_index,

@@ -125,6 +125,8 @@ class Training(Frozen):
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
         high_noise: The share of the rows that are noised the most, where shapes and places are decided; the others have
             any timestep.
+        input_perturbation: Standard deviation of noise that is added to the input's noise, but not to what the network
+            is to predict (Ning et al. 2023): images then forgive errors of earlier denoising steps.
         gradient_checkpointing: Recompute activations to save memory.
         compile: Compile the network's blocks (`torch.compile`): some minutes at first, then faster steps.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
@@ -170,6 +172,7 @@ class Training(Frozen):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     min_snr: Annotated[float, Field(gt=0)] | None = None
     high_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
     gradient_checkpointing: bool = False
     compile: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"

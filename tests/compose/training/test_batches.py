@@ -54,10 +54,10 @@ def test_orders_noise_and_timesteps_vary() -> None:
     stream = Stream(examples(8), 0, 1, NOISING)
     orders = [tuple(stream.image(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
     assert len(set(orders)) == 4
-    noise = torch.stack([stream.draw(row)[1] for row in range(200)])
+    noise = torch.stack([stream.draw(row).noise for row in range(200)])
     assert abs(noise.mean()) < 0.1
     assert abs(noise.std() - 1) < 0.1
-    times = torch.tensor([stream.draw(row)[2] for row in range(400)])
+    times = torch.tensor([stream.draw(row).time for row in range(400)])
     assert times.min() < 50
     assert times.max() > 950
     assert abs(times.float().mean() - 500) < 60
@@ -87,6 +87,18 @@ def test_concept_and_class_draw_apart_and_seeds_differ() -> None:
     concept, prior = rows_of(batch)
     assert not torch.equal(concept[1], prior[1])
     assert not torch.equal(make((5, 5), seed=1).of(0, 0).noise, batch.noise)
+
+
+def test_a_perturbation_is_in_the_input_alone_and_changes_no_other_draw() -> None:
+    plain = [Stream(examples(8), 0, 1, NOISING).draw(row) for row in range(200)]
+    perturbed = [Stream(examples(8), 0, 1, NOISING, input_perturbation=0.1).draw(row) for row in range(200)]
+    for one, other in zip(plain, perturbed, strict=True):
+        assert torch.equal(one.input_noise, one.noise)
+        assert torch.equal(other.noise, one.noise)
+        assert other.time == one.time
+    added = torch.stack([row.input_noise - row.noise for row in perturbed])
+    assert abs(added.std() - 0.1) < 0.01
+    assert abs((added * torch.stack([row.noise for row in perturbed])).mean()) < 0.01
 
 
 def test_rows_carry_what_belongs_to_their_image() -> None:

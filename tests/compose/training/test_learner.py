@@ -43,11 +43,12 @@ def batch_of(unet: Any) -> Batch:
     mask = torch.zeros(3, 9, 1)
     mask[OWN, 2] = 1
     times = torch.tensor([100, 700, 300])
-    return Batch(given["sample"], noise, times, given["encoder_hidden_states"], mask, {}, torch.zeros(0), 1)
+    text = given["encoder_hidden_states"]
+    return Batch(given["sample"], noise, noise, times, text, mask, {}, torch.zeros(0), 1)
 
 
 def predicted(unet: Any, batch: Batch, rows: slice) -> Tensor:
-    noisy = SCHEDULE.add_noise(batch.latents, batch.noise, batch.times)[rows]  # pyright: ignore[reportArgumentType]
+    noisy = SCHEDULE.add_noise(batch.latents, batch.input_noise, batch.times)[rows]  # pyright: ignore[reportArgumentType]
     return unet(noisy, batch.times[rows], batch.text[rows]).sample
 
 
@@ -63,6 +64,17 @@ def test_rows_of_the_class_are_compared_with_the_base_model(dora: bool) -> None:
     assert expected > 1e-3
     weights = [weight for weight in lora_parameters(unet).values() if weight.requires_grad]
     torch.testing.assert_close(torch.autograd.grad(losses.prior, weights), torch.autograd.grad(expected, weights))
+
+
+def test_perturbed_noise_is_what_the_network_sees_and_not_what_it_predicts() -> None:
+    plain, unet = adapted()
+    batch = batch_of(unet)
+    perturbed = batch._replace(input_noise=batch.noise + 0.1 * batch.noise.flip(0))
+    losses = Learner(unet, Diffusion(unet, SCHEDULE), Weights(), preserves=True)(perturbed)
+    torch.testing.assert_close(losses.concept, F.mse_loss(predicted(unet, perturbed, OWN), batch.noise[OWN]))
+    expected = F.mse_loss(predicted(unet, perturbed, CLASS), predicted(plain, perturbed, CLASS))
+    torch.testing.assert_close(losses.prior, expected)
+    assert not torch.equal(predicted(unet, perturbed, OWN), predicted(unet, batch, OWN))
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -76,7 +76,7 @@ def batch_of(unet: Any, mask: Tensor, own: int, weights: Tensor | None = None, s
     text = given["encoder_hidden_states"]
     text = torch.cat([text[:1].expand(own, -1, -1), text[own:]])  # rows of the concept have one caption
     weights = torch.zeros(0) if weights is None else weights
-    return Batch(given["sample"], noise, timesteps, text, mask, given.get("added_cond_kwargs", {}), weights, own)
+    return Batch(given["sample"], noise, noise, timesteps, text, mask, given.get("added_cond_kwargs", {}), weights, own)
 
 
 def schedule(**changes: Any) -> DDPMScheduler:
