@@ -340,6 +340,25 @@ def _bundles() -> list[Place]:
     ]
 
 
+BOXED = [
+    *_pairs(TEN, BOXES),
+    *_pairs("cat kitten on grass\nmira lena in snow", BOXES),
+    *(
+        one._replace(title=f"overlapping {one.names[0]} and {one.names[1]}")
+        for one in _pairs("cat dog on grass\nbear robot on a gray background", OVERLAPPING)
+    ),
+    *(
+        one._replace(title=f"small {one.names[0]} and {one.names[1]}")
+        for one in _pairs("rabbit mira on grass\ndog bear on sand", SMALL)
+    ),
+    *threes(
+        "cat dog rabbit on grass\nbear omar robot on a gray background\nrobot kitten dog on sand",
+        APART[:3],
+        WIDE,
+    ),
+    Place(("cat", "dog", "bear", "mira"), "on grass", APART, (2 * SIZE, SIZE)),
+]
+
 SUITES = (
     Suite(
         "playground-quick",
@@ -374,30 +393,21 @@ lora-composer
     Suite(
         "playground-boxes",
         "Boxes, as somebody would draw them: pairs, one class, overlapping and small boxes, three and four concepts on "
-        "wider canvases; the mechanisms of LoRA-Composer switched on and off.",
-        [
-            *_pairs(TEN, BOXES),
-            *_pairs("cat kitten on grass\nmira lena in snow", BOXES),
-            *(
-                one._replace(title=f"overlapping {one.names[0]} and {one.names[1]}")
-                for one in _pairs("cat dog on grass\nbear robot on a gray background", OVERLAPPING)
-            ),
-            *(
-                one._replace(title=f"small {one.names[0]} and {one.names[1]}")
-                for one in _pairs("rabbit mira on grass\ndog bear on sand", SMALL)
-            ),
-            *threes(
-                "cat dog rabbit on grass\nbear omar robot on a gray background\nrobot kitten dog on sand",
-                APART[:3],
-                WIDE,
-            ),
-            Place(("cat", "dog", "bear", "mira"), "on grass", APART, (2 * SIZE, SIZE)),
-        ],
+        "wider canvases; every method that reads boxes, and what is chosen automatically with them and without.",
+        BOXED,
         """merge
 regional
 draft
+{name: "draft, without boxes", method: draft, settings: {keep_regions: false}}
 lora-composer
-{name: official, method: "lora-composer:official"}
+{name: "lora-composer, as published", method: "lora-composer:official"}""",
+        seeds=(10, 11),
+    ),
+    Suite(
+        "playground-boxes-parts",
+        "The scenes of playground-boxes; the mechanisms of LoRA-Composer switched on and off.",
+        BOXED,
+        """lora-composer
 {name: "official, full LoRAs", method: "lora-composer:official", settings: {inject: full}}
 {name: attn2 only, method: lora-composer, settings: {inject: attn2}}
 {name: no injection, method: lora-composer, settings: {inject: "off"}}
@@ -408,6 +418,7 @@ lora-composer
 {name: no updates, method: lora-composer, settings: {step_size: 0}}
 {name: noise swapped, method: lora-composer, settings: {reinit: swap}}""",
         seeds=(0,),
+        baseline="lora-composer",
     ),
     Suite(
         "playground-words",

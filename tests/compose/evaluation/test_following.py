@@ -110,8 +110,12 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "folder", ["votes-unet", "votes-unet-ancestral", "votes-unet-three", "votes-transformer", "votes-transformer-three"]
-)
+    "folder",
+    [
+        "votes-unet", "votes-unet-ancestral", "votes-unet-three", "votes-boxes", "votes-transformer",
+        "votes-transformer-three",
+    ],
+)  # fmt: skip
 def test_the_votes_in_the_docs_are_those_of_their_files(folder: str) -> None:
     key, votes = read_votes(ROOT / "docs" / folder)
     counts = pd.crosstab(pd.Series(key)[list(votes)], pd.Series(votes))
