@@ -15,7 +15,7 @@ from commands import call
 from doc_tables import table
 from evaluations import TRUTH, Seen, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
-from lora_compose.compose.evaluation.blind import read_votes
+from lora_compose.compose.evaluation.blind import VERDICTS, read_votes
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.evaluation.votes import following, follows, read_files, voted_images
@@ -118,7 +118,7 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
 )  # fmt: skip
 def test_the_votes_in_the_docs_are_those_of_their_files(folder: str) -> None:
     key, votes = read_votes(ROOT / "docs" / folder)
-    counts = pd.crosstab(pd.Series(key)[list(votes)], pd.Series(votes))
+    counts = pd.crosstab(pd.Series(key)[list(votes)], pd.Series(votes)).reindex(columns=list(VERDICTS), fill_value=0)
     rows = {line for line in (ROOT / "docs" / "evaluation.md").read_text("utf-8").splitlines() if line[:1] == "|"}
     for method, row in counts.to_dict("index").items():
         shown = f"| {row['all']} | {row['some']} | {row['none']} | {sum(row.values())} |"

@@ -78,7 +78,8 @@ def test_suites_that_come_along_can_be_read(name: str) -> None:
     assert len(suite.scenes) >= 5  # intervals are taken over scenes
     methods = {method.method for method in suite.compared}
     assert "merge" in methods
-    in_boxes = any(arm.method in ("regional", "draft") and "keep_regions" not in arm.settings for arm in suite.compared)
+    boxed = ("regional", "draft", "lora-composer")
+    in_boxes = any(arm.method in boxed and "keep_regions" not in arm.settings for arm in suite.compared)
     assert in_boxes or not any(scene.regions for scene in suite.scenes)
     assert len(suite.compared) > 1
 

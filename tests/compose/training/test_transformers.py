@@ -138,8 +138,9 @@ def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(f
         noisy, velocity = (unpacked(tokens, (SIDE // 8, SIDE // 8)) for tokens in (noisy, velocity))
     share = given["timestep"]
     noise = (noisy - (1 - share) * batch.latents) / share
+    batch = batch._replace(noise=noise, input_noise=noise, times=share * 1000)
     with torch.no_grad():
-        losses = Learner(base.network, base.noising(), Weights())(batch._replace(noise=noise, times=share * 1000))
+        losses = Learner(base.network, base.noising(), Weights())(batch)
     torch.testing.assert_close(losses.total, F.mse_loss(velocity, noise - batch.latents))
 
 
