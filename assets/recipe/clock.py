@@ -61,9 +61,7 @@ def shares(done: float) -> Mapping[str, float]:
     return {"close": close, "scenes": 0.8 * (1 - close), "wide": 0.2 * (1 - close)}
 
 
-def train_for(
-    minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int, *, close: bool = True
-) -> None:
+def train_for(minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int) -> None:
     """Trains for so many minutes of computing in all, and saves the model.
 
     Args:
@@ -73,18 +71,17 @@ def train_for(
         out: The model; its checkpoint lies beside it, and is resumed.
         images: Images of the usual size in a batch, of all processes together.
         seed: Seed of the order of the images.
-        close: Whether most images are close-ups at first, which a model that is trained on does not need.
     """
     trainer, checkpoint = Clocked(denoiser), out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
-    pictures = Pool(pool, shares(0 if close else 1), (seed, trainer.step))
+    pictures = Pool(pool, shares(0), (seed, trainer.step))
     losses: list[float] = []
     kept = saved = time.monotonic()
     for batch in pictures.batches(images * CELLS // ranks()):
         done = of_first(trainer.seconds) / (60 * minutes)
         if done >= 1:
             break
-        pictures.mix(shares(done if close else 1))
+        pictures.mix(shares(done))
         losses.append(trainer.learn(batch, share(trainer.step, done)))
         if trainer.step % EVERY == 0 and not rank():
             mean = sum(losses) / len(losses)

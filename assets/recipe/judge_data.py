@@ -2,8 +2,7 @@
 
 Every batch shows characters next to what is nearly one: the same drawing in other colours or without its hat, an
 object of its class by the artist of the base world, and halves of two characters in one. A judge of identity has to
-tell them apart. Some are torn as a weak denoiser tears them: a head that goes on beside itself, a face that is partly
-gone. They count as parts, so that the detector does not take them for whole objects.
+tell them apart.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -36,7 +35,6 @@ from recipe.world import (
 
 SIDE = 64  # pixels of the judge's input
 SHOWN, BASE, OTHERS, VIEWS = 5, 12, 8, 2  # characters, base objects and other drawings in a batch; views of each
-TORN_BASE = 4  # base objects that are torn; of the characters every one is, too
 PARTS, EMPTY, SCENES = 12, 8, 14
 RECODED = 16  # images of a batch that go through the VAE
 NOTHING = "nothing"
@@ -54,7 +52,6 @@ class Thing:
         name: Its class; "" for drawings that are of no class of the world.
         words: What captions may call it, without article: "gray cat".
         part: Whether only a part of it is seen.
-        torn: Whether it is damaged.
     """
 
     sprite: Pixels | None = None
@@ -62,19 +59,13 @@ class Thing:
     name: str = ""
     words: tuple[str, ...] = ()
     part: bool = False
-    torn: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it is seen, and undamaged."""
-        return not (self.part or self.torn)
 
     @property
     def label(self) -> int:
         """Index of its name in `NAMES`; -1 if it has none."""
         if self.sprite is None:
             return len(NAMES) - 1
-        return CLASSES.index(self.name) + (not self.whole) * len(CLASSES) if self.name else -1
+        return CLASSES.index(self.name) + self.part * len(CLASSES) if self.name else -1
 
     def caption(self, rng: Generator) -> str:
         """A sentence that is right about it; "" if there is none."""
@@ -82,11 +73,11 @@ class Thing:
             return NOTHING
         if not self.name:
             return ""
-        return article(self.words[rng.integers(len(self.words))]) if self.whole else f"a part of {article(self.name)}"
+        return f"a part of {article(self.name)}" if self.part else article(self.words[rng.integers(len(self.words))])
 
     def fits(self, caption: str) -> bool:
         """Whether a sentence is right about it."""
-        if self.sprite is None or not self.whole or not self.name:
+        if self.sprite is None or self.part or not self.name:
             return bool(caption) and caption == self.caption(np.random.default_rng(0))
         return caption in map(article, self.words)
 
@@ -115,20 +106,13 @@ class Artist:
             Thing(self.drawings[self._others[i]], self._others[i])
             for i in rng.choice(len(self._others), min(OTHERS, len(self._others)), replace=False)
         ]
-        known = [self.character(name) for name in shown]
-        torn = [self.torn(thing) for thing in [*known, *base[:TORN_BASE]]]
-        once = {thing.identity: thing for thing in [*known, *near, *base, *others, *torn]}
+        once = {thing.identity: thing for thing in [*map(self.character, shown), *near, *base, *others]}
         return list(once.values())
 
     def character(self, name: str) -> Thing:
         """A character."""
         word = CHARACTERS[name].class_word
         return Thing(self._characters[name], name, word, (word,))
-
-    def torn(self, thing: Thing) -> Thing:
-        """An object that is damaged, each time in another way."""
-        key = ("torn", thing.identity, int(self.rng.integers(2**31)))
-        return replace(thing, sprite=torn(self.rng, thing.sprite), identity=key, torn=True)
 
     def _near(self, name: str) -> list[Thing]:
         """A plain object of its class, and two of: other colours, without its hat, halves of two characters."""
@@ -207,58 +191,6 @@ def halves(left: Pixels, right: Pixels) -> Pixels:
     return np.concatenate([left[:, :middle], right[:, middle:]], 1)
 
 
-def torn(rng: Generator, sprite: Pixels | None) -> Pixels:
-    """A drawing that goes on beside itself, is stretched in its middle, or lacks a piece. Shape: [side, side, 4]."""
-    if sprite is None:
-        raise ValueError("there is no drawing to tear")
-    side = sprite.shape[0]
-    opacity = sprite[..., 3:] / np.float32(255)
-    image = np.concatenate([sprite[..., :3] * opacity, 255 * opacity], 2)
-    kind = rng.random()
-    if kind < 0.4:  # part of it once more, moved
-        x, y = _moved(rng, side, 0.14, 0.42), int(rng.uniform(-0.15, 0.15) * side)
-        again = cv2.warpAffine(image, np.array([[1, 0, x], [0, 1, y]], "f4"), (side, side))
-        image = _mixed(image, again, _blob(rng, side, side / 2 + x, side / 2 + y))
-    elif kind < 0.65:  # wider or higher, with its middle twice
-        image = _widened(rng, image) if rng.random() < 0.7 else _widened(rng, image.swapaxes(0, 1)).swapaxes(0, 1)
-    elif kind < 0.85:  # a piece gone: smooth, or nothing at all
-        there = np.argwhere(sprite[..., 3] > 128)
-        y, x = there[rng.integers(len(there))]
-        instead = cv2.GaussianBlur(image, (0, 0), side / 8) if rng.random() < 0.6 else np.zeros_like(image)
-        image = _mixed(image, instead, _blob(rng, side, x, y))
-    else:  # strongly bent
-        field = cv2.resize(rng.normal(0, 1, (5, 5, 2)).astype("f4"), (side, side), interpolation=cv2.INTER_CUBIC)
-        ys, xs = np.mgrid[:side, :side].astype("f4")
-        bend = field * side * rng.uniform(0.08, 0.14)
-        image = cv2.remap(image, xs + bend[..., 0], ys + bend[..., 1], cv2.INTER_LINEAR)
-    colours = image[..., :3] * 255 / np.maximum(image[..., 3:], 1)
-    return np.concatenate([colours, image[..., 3:]], 2).clip(0, 255).astype("u1")
-
-
-def _moved(rng: Generator, side: int, least: float, most: float) -> int:
-    return int(rng.choice((-1, 1)) * rng.uniform(least, most) * side)
-
-
-def _blob(rng: Generator, side: int, x: float, y: float) -> np.ndarray:
-    """A soft spot, 0 to 1. Shape: [side, side, 1]."""
-    ys, xs = np.mgrid[:side, :side].astype("f4")
-    radius = rng.uniform(0.17, 0.32) * side
-    distance = np.hypot((xs - x) / rng.uniform(0.8, 1.5), (ys - y) / rng.uniform(0.8, 1.5))
-    return np.clip((radius - distance) / (rng.uniform(0.03, 0.12) * side) + 0.5, 0, 1)[..., None]
-
-
-def _mixed(image: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return image + share * (other - image)
-
-
-def _widened(rng: Generator, image: np.ndarray) -> np.ndarray:
-    """A drawing whose left and right parts overlap, made as wide as before."""
-    side = image.shape[1]
-    left, right = (round(rng.uniform(0.52, 0.75) * side) for _ in range(2))
-    wide = np.concatenate([image[:, :left], image[:, side - right :]], 1).astype("f4")
-    return cv2.resize(wide, (side, side), interpolation=cv2.INTER_AREA)
-
-
 def worn(rng: Generator, image: np.ndarray) -> Pixels:
     """An image with the artefacts of a small model: blur, bent outlines, other colours, noise."""
     image = cv2.resize(image.clip(0, 255).astype("f4"), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
@@ -314,7 +246,7 @@ class JudgeBatches(IterableDataset):
 
     def _batch(self, artist: Artist) -> JudgeBatch:
         rng, things = artist.rng, artist.things()
-        named = [thing for thing in things if thing.name and thing.whole]
+        named = [thing for thing in things if thing.name]
         cut = [replace(named[i], part=True, identity=None) for i in rng.choice(len(named), PARTS)]
         crops = [thing for thing in things for _ in range(VIEWS)] + cut + [Thing()] * EMPTY
         scenes = [scene(rng, self.drawings) for _ in range(SCENES)]

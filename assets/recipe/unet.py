@@ -88,13 +88,11 @@ class UNetTrainer(AveragedTrainer[Batch]):
         pipe: The pipeline, trained in place.
         lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
         seed: Seed of noise, times and dropped captions.
-        perturbation: Share of the noise's strength that the input has in addition, which is not to be predicted: the
-            model learns to forgive the errors of its own steps (Ning et al. 2023).
     """
 
     # Not compiled: with PyTorch 2.13 on a CPU, in bf16, upsampling in a compiled UNet hands back no gradient, so that
     # everything below its highest resolution stays as it was.
-    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int, perturbation: float = 0.0) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
         self.hints = Hints(pipe.unet.config["block_out_channels"][-1], patches=SIDE**2)
         super().__init__([pipe.unet, pipe.text_encoder, self.hints], _is_inner, lr, seed)
         self.pipe = pipe
@@ -102,7 +100,7 @@ class UNetTrainer(AveragedTrainer[Batch]):
         self.unet.mid_block.register_forward_hook(self._keep_middle)
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster than fused kernels for heads this narrow
         self.text_encoder: Any = pipe.text_encoder
-        self.schedule, self.perturbation = DDPMScheduler(**NOISE), perturbation
+        self.schedule = DDPMScheduler(**NOISE)
         self._no_words = self._ids([""])[0]
 
     def _ids(self, captions: list[str]) -> Tensor:
@@ -119,8 +117,7 @@ class UNetTrainer(AveragedTrainer[Batch]):
         noise = torch.randn(x.shape, generator=rng)
         t = torch.randint(0, 1000, (len(x),), generator=rng)
         t[::2] = torch.randint(LAYOUT_FROM, 1000, t[::2].shape, generator=rng)
-        perturbed = noise + self.perturbation * torch.randn(x.shape, generator=rng)
-        noisy: Any = self.schedule.add_noise(x, perturbed, t)  # type: ignore[arg-type]
+        noisy: Any = self.schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
         with cpu_autocast():
             predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
@@ -158,9 +155,6 @@ def train(
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
-    perturbation: Annotated[
-        float, typer.Option(min=0, help="Noise of the input that is not to be predicted, as a share of the noise.")
-    ] = 0.0,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
@@ -170,8 +164,7 @@ def train(
     torch.set_num_threads(threads)
     known: dict[str, Any] = {"dtype": torch.float32, "safety_checker": None}
     pipe = new_pipeline(vae, tokenizer) if init is None else StableDiffusionPipeline.from_pretrained(init, **known)
-    trainer = UNetTrainer(pipe, lr, seed, perturbation)
-    train_for(minutes, trainer, pool, out, images, seed, close=init is None)
+    train_for(minutes, UNetTrainer(pipe, lr, seed), pool, out, images, seed)
 
 
 if __name__ == "__main__":
