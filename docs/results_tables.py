@@ -55,6 +55,7 @@ COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "success": lambda row: _interval(row, "success"),
     "against merge": _against,
     "against draft": _against,
+    "against clora": _against,
     "against lora-composer": _against,
     "worst concept": lambda row: _interval(row, "region_min"),
     "likeness": _plain("region", 2),

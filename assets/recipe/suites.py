@@ -441,6 +441,7 @@ clora
         "{name: branches without updates, method: clora, settings: {fuse: branches, exclusive: false, mask_until: 1, "
         "step_size: 0}}",
         seeds=(0,),
+        baseline="clora",
     ),
     Suite(
         "playground-draft",
