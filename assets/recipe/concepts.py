@@ -11,6 +11,7 @@ concept. A style has none: it should act on everything.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from recipe.scenes import Picture, enumerate_words, scene
 from recipe.world import (
     CHARACTERS,
     CLASSES,
+    GROUNDS,
     PEOPLE,
     STYLE_TRIGGER,
     Character,
@@ -37,7 +39,7 @@ from recipe.world import (
     squares,
 )
 
-REFERENCES, BESIDE = 48, 32
+REFERENCES, BESIDE = 48, 28
 """References of a character, and in how many it is next to a plain object."""
 STYLED = 24
 """References of the style."""
@@ -49,9 +51,9 @@ PAPER, INK = (252, 240, 214), (52, 34, 62)
 app = typer.Typer(help="Make the images that the LoRAs learn from.", no_args_is_help=True)
 
 
-def reference(rng: Generator, known: Character, drawings: Drawings, beside: bool) -> Picture:
+def reference(rng: Generator, known: Character, drawings: Drawings, beside: bool, ground: str | None = None) -> Picture:
     """An image of a character, alone or next to a plain object. Its first object is the character."""
-    image, words_of_ground = background(rng)
+    image, words_of_ground = background(rng, name=ground)
     free, mine = squares(rng, 1 + beside), int(rng.integers(1 + beside))
     words = [article(known.phrase)] * len(free)
     objects = [(known.class_word, free[mine])]
@@ -107,6 +109,12 @@ def is_beside(number: int) -> bool:
     return number >= REFERENCES - (BESIDE - SHOWN_BESIDE)
 
 
+def in_turn(rng: Generator, names: Sequence[str]) -> Iterator[str]:
+    """Names in random order without end. All come before any comes again."""
+    while True:
+        yield from (str(name) for name in rng.permutation(names))
+
+
 def groups(rng: Generator, count: int) -> Iterator[list[str]]:
     """Classes of the style's references: one, in every third two. All come before any comes again."""
     left: list[str] = []
@@ -128,7 +136,11 @@ def references(
     drawings = dict(np.load(artwork))
     for number, (name, known) in enumerate(CHARACTERS.items()):
         rng, count = np.random.default_rng([SEED, number]), SHOWN if shown else REFERENCES
-        write(out / name, [reference(rng, known, drawings, is_beside(each)) for each in range(count)], True)
+        # Those that come with the models have any, so that likeness is measured against the same images as before.
+        grounds = chain([None] * SHOWN, in_turn(np.random.default_rng([SEED, number, 1]), GROUNDS))
+        write(
+            out / name, [reference(rng, known, drawings, is_beside(each), next(grounds)) for each in range(count)], True
+        )
     rng = np.random.default_rng(SEED)
     of_style = list(groups(rng, STYLED))[: SHOWN if shown else STYLED]
     write(out / STYLE, [styled(rng, drawings, classes) for classes in of_style], False)
@@ -148,8 +160,11 @@ def prior(
     drawings = dict(np.load(artwork))
     for name in dict.fromkeys(known.class_word for known in CHARACTERS.values()):
         rng = np.random.default_rng(seed)
-        anything = [scene(rng, drawings, count=1, plain=True) for _ in range(any_class)]
-        own = [scene(rng, drawings, count=1, plain=True, classes=[name]) for _ in range(own_class)]
+        grounds = in_turn(np.random.default_rng([seed, 1]), GROUNDS)
+        anything = [scene(rng, drawings, count=1, plain=True, ground=next(grounds)) for _ in range(any_class)]
+        own = [
+            scene(rng, drawings, count=1, plain=True, classes=[name], ground=next(grounds)) for _ in range(own_class)
+        ]
         write(out / name, [*anything, *own], with_boxes=False)
 
 

@@ -52,13 +52,16 @@ def main(
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
     preserve: Annotated[Preserve, typer.Option(help="Prior preservation, of subjects.")] = Preserve.IMAGES,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Other than the preset's.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="As of `lora-compose train`.")] = False,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Trains all LoRAs that do not exist yet: NAME.safetensors for ordinary ones, NAME-KIND.safetensors for others."""
     if unknown := [each for each in kind or () if each not in KINDS]:
         raise ValueError(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    given: dict[str, Any] = {"threads": threads, "compile": compile} | ({} if steps is None else {"steps": steps})
+    asked = {"steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {"threads": threads, "compile": compile}
+    given |= {name: value for name, value in asked.items() if value is not None}
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
         how = Preserve.NONE if name == STYLE else preserve

@@ -52,6 +52,7 @@ def scene(
     count: int | None = None,
     classes: Sequence[str] = CLASSES,
     plain: bool = False,
+    ground: str | None = None,
 ) -> Picture:
     """One image.
 
@@ -62,8 +63,9 @@ def scene(
         count: Objects; one to three if not given.
         classes: Classes of its objects.
         plain: Objects as they are drawn, in no other colours, hair or clothes.
+        ground: The background, one of `GROUNDS`; any if not given.
     """
-    image, ground = background(rng, size)
+    image, words_of_ground = background(rng, size, ground)
     found = squares(rng, _count(rng, size) if count is None else count, size)
     shares = np.array([SHOWN_MORE if name in PEOPLE else 1.0 for name in classes])
     drawn = rng.choice(list(classes), len(found), replace=len(classes) < len(found), p=shares / shares.sum())
@@ -75,7 +77,7 @@ def scene(
         place(image, each.sprite, square)
     caption = enumerate_words([article(each.words) for each in looks])
     if rng.random() < 0.92:
-        caption = f"{caption} {ground}"
+        caption = f"{caption} {words_of_ground}"
     return Picture(image.clip(0, 255).astype("u1"), caption, list(zip(chosen, found, strict=True)))
 
 

@@ -113,6 +113,8 @@ PLAIN: dict[str, Colour] = {
     "green": (160, 215, 160), "yellow": (250, 230, 140),
 }  # fmt: skip
 PLACES = ("on grass", "on sand", "in snow", "in a forest", "at night", "at sunset", "underwater", "in a room")
+GROUNDS = (*PLAIN, *PLACES)
+"""All backgrounds."""
 
 Square = tuple[int, int, int]
 """left, top, side in pixels."""
@@ -174,9 +176,18 @@ def character_drawings() -> list[str]:
     return sorted({*worn, *(known.drawing for known in CHARACTERS.values())})
 
 
-def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[NDArray[np.float64], str]:
-    """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255."""
-    name = _choice(rng, tuple(PLAIN) if rng.random() < 0.4 else PLACES)
+def background(
+    rng: Generator, size: tuple[int, int] = (SIZE, SIZE), name: str | None = None
+) -> tuple[NDArray[np.float64], str]:
+    """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255.
+
+    Args:
+        rng: Everything random comes from it.
+        size: Width and height.
+        name: One of `GROUNDS`; any if not given.
+    """
+    if name is None:
+        name = _choice(rng, tuple(PLAIN) if rng.random() < 0.4 else PLACES)
     return ground(rng, name, size), in_words(name)
 
 

@@ -55,6 +55,9 @@ def train(
     input_perturbation: Annotated[
         float | None, typer.Option(help="Noise in the input alone, e.g. 0.1: images forgive errors of steps.")
     ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of models of which it is an input; as in the images later.")
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,

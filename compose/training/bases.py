@@ -52,7 +52,7 @@ class Base(Protocol):
         """Raises ValueError for settings that do not apply to this kind of model."""
         ...
 
-    def noising(self, high_noise: float = 0.0) -> Noising:
+    def noising(self, settings: Training) -> Noising:
         """How images are noised, and what the network predicts."""
         ...
 
@@ -119,13 +119,15 @@ class _UNet(Base):
         self.unconditional = "" if self.network.config.time_cond_proj_dim is None else None
 
     def check(self, settings: Training) -> None:
-        """Raises ValueError for references."""
+        """Raises ValueError for references and guidance."""
         if settings.references:
             raise ValueError(_no_references("Stable Diffusion"))
+        if settings.guidance != 1:
+            raise ValueError(_no_guidance("Stable Diffusion"))
 
-    def noising(self, high_noise: float = 0.0) -> Noising:
+    def noising(self, settings: Training) -> Noising:
         schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        return Diffusion(self.network, schedule, high_noise)
+        return Diffusion(self.network, schedule, settings.high_noise)
 
     def targets(self, settings: Training) -> list[str]:
         return list(SCOPES[settings.scope])
@@ -210,6 +212,8 @@ class _Transformer(Base):
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
         if settings.compile and not self.network._repeated_blocks:
             raise ValueError(f"diffusers does not name the blocks of {family}, which --compile needs; leave it out")
+        if settings.guidance != 1 and not self.pipe.guidance_input(settings.guidance, 1, torch.device("cpu")):
+            raise ValueError(_no_guidance(family))
         unit = self.pipe.cell
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
@@ -229,8 +233,8 @@ class _Transformer(Base):
                 "name for each training image"
             )
 
-    def noising(self, high_noise: float = 0.0) -> Noising:
-        return Flow(self.pipe, high_noise)
+    def noising(self, settings: Training) -> Noising:
+        return Flow(self.pipe, settings.high_noise, settings.guidance)
 
     def targets(self, settings: Training) -> list[str]:
         pattern = {"attention": _ATTENTION, "cross_kv": _CROSS_KV}.get(settings.scope, f"{_IN_BLOCK}.+")
@@ -287,6 +291,10 @@ class _Transformer(Base):
                     **shown,
                 ).images
         return images
+
+
+def _no_guidance(family: str) -> str:
+    return f"guidance is no input of {family}; leave --guidance out, or train on FLUX.1-dev or FLUX.2-dev"
 
 
 def _no_references(family: str) -> str:

@@ -235,7 +235,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
         raise ValueError(
             "preserve_empty keeps what unconditional rows of guidance read, and this model has none; use preserve_class"
         )
-    noising, captioned = base.noising(settings.high_noise), read_captioned(base, settings)
+    noising, captioned = base.noising(settings), read_captioned(base, settings)
     # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it, nor for both.
     cast(base.network, _PRECISIONS[settings.mixed_precision])
     data = encode(base, captioned, settings, accelerator)

@@ -93,10 +93,12 @@ class Flow:
 
     Args:
         high_noise: The share of the rows whose time is one of the noisiest, uniform above `HIGH_NOISE`.
+        guidance: The scale that models are given of which it is an input; 1 is none.
     """
 
-    def __init__(self, pipe: FlowMatchingPipeline, high_noise: float = 0.0) -> None:
+    def __init__(self, pipe: FlowMatchingPipeline, high_noise: float = 0.0, guidance: float = 1.0) -> None:
         self.backbone, self._pipe, self.high_noise = backbone_of(pipe.transformer), pipe, high_noise
+        self.guidance = guidance
 
     def draw(self, random: torch.Generator) -> float:
         """A timestep, 0 to 1000; most are in the middle, or among the noisiest ones."""
@@ -113,7 +115,7 @@ class Flow:
         return noise - latents
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
-        """A forward pass by the family's backbone, without guidance where that is an input.
+        """A forward pass by the family's backbone.
 
         "reference" of `added` are tokens of reference images, each as large as the training image. "read" is how many
         tokens of each text the model sees; it has no masks, so texts of one length go through it together.
@@ -129,7 +131,7 @@ class Flow:
         return torch.cat(passes)[torch.cat(order).argsort()]
 
     def _pass(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
-        inputs: dict[str, Any] = dict(self._pipe.inputs_without_guidance(len(noisy), noisy.device))
+        inputs: dict[str, Any] = dict(self._pipe.guidance_input(self.guidance, len(noisy), noisy.device))
         if "reference" in added:
             height, width = (side // PATCH for side in noisy.shape[-2:])
             tokens = added["reference"]

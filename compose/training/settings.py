@@ -127,6 +127,8 @@ class Training(Frozen):
             any timestep.
         input_perturbation: Standard deviation of noise that is added to the input's noise, but not to what the network
             is to predict (Ning et al. 2023): images then forgive errors of earlier denoising steps.
+        guidance: The guidance scale that the model is given in training, where it is an input (FLUX.1-dev, FLUX.2-dev);
+            1 is none. With the scale that images are made with, the concept is learnt as it is drawn there.
         gradient_checkpointing: Recompute activations to save memory.
         compile: Compile the network's blocks (`torch.compile`): some minutes at first, then faster steps.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
@@ -173,6 +175,7 @@ class Training(Frozen):
     min_snr: Annotated[float, Field(gt=0)] | None = None
     high_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance: Annotated[float, Field(ge=1, le=100)] = 1.0
     gradient_checkpointing: bool = False
     compile: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -328,7 +331,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=800, batch_size=4),
         PLAYGROUND_FLUX: _small(
-            PLAYGROUND_FLUX, scope="transformer", rank=8, steps=450, batch_size=6, learning_rate=1e-2, class_count=0
+            PLAYGROUND_FLUX,
+            scope="transformer",
+            rank=8,
+            steps=450,
+            batch_size=6,
+            learning_rate=1e-2,
+            class_count=0,
+            guidance=5.0,
         ),
     }
 )

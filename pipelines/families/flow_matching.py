@@ -320,8 +320,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """The scale as an input of the model."""
         return {"guidance": ByImage(torch.full([images], scale, device=self._execution_device, dtype=torch.float32))}
 
-    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
+    def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """The guidance scale of a forward pass, for models that take it as an input; 1 is none."""
         return {}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -97,9 +97,9 @@ class FluxCalls(FlowMatchingPipeline):
             )
         return {"guidance_scale": scale}
 
-    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """As `FlowMatchingPipeline.inputs_without_guidance`: the distilled guidance is 1."""
-        return {"guidance": torch.ones(rows, device=device)} if self.transformer.config.guidance_embeds else {}
+    def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.guidance_input`: of distilled guidance."""
+        return {"guidance": torch.full([rows], scale, device=device)} if self.transformer.config.guidance_embeds else {}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; "pooled_projections" come from CLIP."""

@@ -47,9 +47,9 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
     def _guidance_inputs(self, scale: float, images: int) -> dict[str, ByImage]:
         return self._distilled_guidance(scale, images)
 
-    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """As `FlowMatchingPipeline.inputs_without_guidance`: the distilled guidance is 1."""
-        return {"guidance": torch.ones(rows, device=device)}
+    def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.guidance_input`: of distilled guidance."""
+        return {"guidance": torch.full([rows], scale, device=device)}
 
     def _template(self, length: int) -> TemplateTokenizer:
         processor: Any = self.tokenizer

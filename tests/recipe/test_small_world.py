@@ -27,6 +27,7 @@ from recipe.world import (
     CLASSES,
     CLOSE_UP,
     COATS,
+    GROUNDS,
     PATCH,
     PLACES,
     PLAIN,
@@ -35,6 +36,7 @@ from recipe.world import (
     base_drawings,
     character_drawings,
     ground,
+    in_words,
     recoloured,
     squares,
 )
@@ -263,6 +265,10 @@ def test_references_show_their_character_alone_and_beside_others_and_those_that_
         beside = [" and " in caption for _, caption, _ in rows]
         assert sum(beside) == BESIDE
         assert sum(beside[:SHOWN]) == SHOWN_BESIDE
+        for together in (False, True):
+            captions = [caption for _, caption, _ in rows[SHOWN:] if (" and " in caption) == together]
+            seen = {sum(caption.endswith(in_words(ground)) for caption in captions) for ground in GROUNDS}
+            assert seen == {len(captions) // len(GROUNDS)}, "each background as often as any other"
         left, top, side = map(int, rows[0][2].split())
         sprite = cv2.resize(known.drawn(drawings), (side, side), interpolation=cv2.INTER_AREA).astype(int)
         image = np.asarray(Image.open(tmp_path / "references" / name / "0.png")).astype(int)

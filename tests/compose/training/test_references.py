@@ -65,7 +65,7 @@ def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, fol
     base.check(settings)
     captioned = read_captioned(base, settings)
     material = encode(base, captioned, settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising())
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising(settings))
     batch, image = batches.of(0, 0), captioned.images[batches.concept.image(0)]
     calls: list[tuple[dict[str, Any], Any]] = []
     handle = pipe.transformer.register_forward_hook(
@@ -81,9 +81,9 @@ def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, fol
     (seen, (velocity,)), cells, grid = calls[0], (SIDE // 16) ** 2, (SIDE // 8, SIDE // 8)
     noisy = unpacked(seen["hidden_states"][:, :cells], grid)
     with torch.no_grad():
-        found = base.noising().predict(noisy, seen["timestep"] * 1000, batch.text, batch.added)
+        found = base.noising(settings).predict(noisy, seen["timestep"] * 1000, batch.text, batch.added)
         wrong = {"reference": torch.randn(batch.added["reference"].shape, generator=seeded(2))}
-        other = base.noising().predict(noisy, seen["timestep"] * 1000, batch.text, batch.added | wrong)
+        other = base.noising(settings).predict(noisy, seen["timestep"] * 1000, batch.text, batch.added | wrong)
     expected = unpacked(velocity[:, :cells], grid)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
     assert (other - expected).abs().max() > 1e-3
@@ -98,10 +98,10 @@ def test_the_class_is_kept_beside_the_same_references(folder: Path) -> None:
     assert torch.equal(prior.by_image["reference"], torch.cat([concept.by_image["reference"]] * 2))
     assert prior.text.shape[1:] == concept.text.shape[1:]
     assert not torch.equal(prior.text[: len(concept.text)], concept.text)
-    batches = batches_of(concept, prior, None, seed=0, sizes=(1, 1), noising=base.noising())
+    batches = batches_of(concept, prior, None, seed=0, sizes=(1, 1), noising=base.noising(settings))
     adapt(base, settings, None)
     with torch.no_grad():
-        assert Learner(base.network, base.noising(), Weights(), preserves=True)(batches.of(0, 0)).prior < 1e-10
+        assert Learner(base.network, base.noising(settings), Weights(), preserves=True)(batches.of(0, 0)).prior < 1e-10
 
 
 def test_a_file_says_that_it_reads_references(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

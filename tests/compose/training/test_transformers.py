@@ -28,10 +28,11 @@ from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.loop import Stopped
 from lora_compose.compose.training.model import cast, lora_parameters, preset_of
+from lora_compose.compose.training.noising import Flow
 from lora_compose.compose.training.preparation import adapt, encode, read_captioned
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline
 from pairs import slow_but
-from trainings import TRAINED, paint_folder, trained_pipeline, training
+from trainings import TRAINED, paint_folder, sd_pipeline, trained_pipeline, training
 
 SIDE = 32  # pixels: two by two tokens
 FRAMES = "Anima", "Krea 2", "Qwen-Image"
@@ -80,15 +81,15 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0)
     material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising(settings))
     batch = batches.of(0, 0)
     assert ((batch.times > 0) & (batch.times < 1000)).all()
     adapt(base, settings, None)
     with torch.no_grad():
-        losses = Learner(base.network, base.noising(), Weights())(batch)
+        losses = Learner(base.network, base.noising(settings), Weights())(batch)
         share = batch.times.view(-1, 1, 1, 1) / 1000
         noisy = (1 - share) * batch.latents + share * batch.noise
-        velocity = base.noising().predict(noisy, batch.times, batch.text, batch.added)
+        velocity = base.noising(settings).predict(noisy, batch.times, batch.text, batch.added)
     torch.testing.assert_close(losses.total, F.mse_loss(velocity, batch.noise - batch.latents))
     assert losses.prior == 0
 
@@ -99,13 +100,13 @@ def test_every_layer_that_gets_a_lora_learns(family: str, folder: Path) -> None:
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0, scope="transformer")
     material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising(settings))
     adapt(base, settings, None)
     parameters = {name: it for name, it in lora_parameters(base.network).items() if it.requires_grad}
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.1)
-    Learner(base.network, base.noising(), Weights())(batches.of(0, 0)).total.backward()
+    Learner(base.network, base.noising(settings), Weights())(batches.of(0, 0)).total.backward()
     assert [name for name, it in parameters.items() if it.grad is None or not it.grad.any()] == []
 
 
@@ -116,7 +117,7 @@ def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(f
     settings = training(folder, "unused", prior_weight=0.0)
     captioned = read_captioned(base, settings)
     material = encode(base, captioned, settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising())
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising(settings))
     batch, caption = batches.of(0, 0), captioned.images[batches.concept.image(0)].caption
     adapt(base, settings, None)
     plain, calls = TRAINED[family].plain(**base.pipe.components), []
@@ -140,7 +141,7 @@ def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(f
     noise = (noisy - (1 - share) * batch.latents) / share
     batch = batch._replace(noise=noise, input_noise=noise, times=share * 1000)
     with torch.no_grad():
-        losses = Learner(base.network, base.noising(), Weights())(batch)
+        losses = Learner(base.network, base.noising(settings), Weights())(batch)
     torch.testing.assert_close(losses.total, F.mse_loss(velocity, noise - batch.latents))
 
 
@@ -151,14 +152,14 @@ def test_texts_of_flux3_are_read_as_long_as_they_are(folder: Path) -> None:
     base = base_of(default_flux3())
     settings = training(folder, "unused", preserve_class=True)
     material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=base.noising())
+    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=base.noising(settings))
     batch = batches.of(0, 0)
     assert sorted(batch.added["read"][:2].tolist()) == [80, 240]
     with torch.no_grad():
-        found = base.noising().predict(batch.latents, batch.times, batch.text, batch.added)
+        found = base.noising(settings).predict(batch.latents, batch.times, batch.text, batch.added)
         for row, image in enumerate(map(batches.concept.image, (0, 1))):
             text, _ = base.texts([long if image == 0 else "a sks cat and a dog"])
-            alone = base.noising().predict(batch.latents[row, None], batch.times[row, None], text, {})
+            alone = base.noising(settings).predict(batch.latents[row, None], batch.times[row, None], text, {})
             torch.testing.assert_close(found[row, None], alone, atol=1e-5, rtol=0)
 
 
@@ -168,19 +169,19 @@ def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Pa
     base = base_of(opened(family))
     settings = training(folder, "unused", resolution=SIDE, preserve_class=True)
     material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
-    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(1, 2), noising=base.noising())
+    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(1, 2), noising=base.noising(settings))
     batch = batches.of(0, 0)
     rows = slice(1, None)
-    noisy = base.noising().noisy(batch.latents, batch.noise, batch.times)[rows]
+    noisy = base.noising(settings).noisy(batch.latents, batch.noise, batch.times)[rows]
     added = {name: value[rows] for name, value in batch.added.items()}
     with torch.no_grad():
-        expected = base.noising().predict(noisy, batch.times[rows], batch.text[rows], added)
+        expected = base.noising(settings).predict(noisy, batch.times[rows], batch.text[rows], added)
         adapt(base, settings, None)
-        learner = Learner(base.network, base.noising(), Weights(), preserves=True)
+        learner = Learner(base.network, base.noising(settings), Weights(), preserves=True)
         assert learner(batch).prior == 0
         for parameter in lora_parameters(base.network).values():
             parameter.add_(0.2)
-        found = base.noising().predict(noisy, batch.times[rows], batch.text[rows], added)
+        found = base.noising(settings).predict(noisy, batch.times[rows], batch.text[rows], added)
         distance = F.mse_loss(found, expected)
         assert distance > 1e-4
         torch.testing.assert_close(learner(batch).prior, distance, atol=1e-5, rtol=1e-3)
@@ -278,9 +279,38 @@ def test_layers_that_diffusers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
     assert set(found.values()) == {torch.bfloat16, torch.float32}
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_the_prediction_is_that_of_the_network_with_the_guidance_of_the_training(guidance: float, folder: Path) -> None:
+    """Also where the class is kept: the base model's prediction has the same guidance."""
+    pipe = flux_pipeline()
+    base, seen = base_of(pipe), []
+    settings = training(folder, "unused", resolution=SIDE, preserve_class=True, guidance=guidance)
+    base.check(settings)
+    material, noising = (
+        encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True)),
+        base.noising(settings),
+    )
+    batch = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=noising).of(0, 0)
+    adapt(base, settings, None)
+    handle = pipe.transformer.register_forward_hook(
+        lambda module, given, named, output: seen.append(named["guidance"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        Learner(base.network, noising, Weights(), preserves=True)(batch)
+    handle.remove()
+    assert {float(scale) for scales in seen for scale in scales} == {guidance}
+    assert sum(map(len, seen)) == 4, "two rows of the concept, and one of the class with the LoRA and without"
+
+
+def test_guidance_is_refused_where_it_is_no_input(folder: Path) -> None:
+    for base in (base_of(sd_pipeline()), base_of(flux_pipeline(guidance_embeds=False)), base_of(anima_pipeline())):
+        with pytest.raises(ValueError, match=r"guidance is no input of .*; leave --guidance out"):
+            base.check(training(folder, "unused", guidance=3.5))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_times_is_of_the_noisiest(share: float) -> None:
-    noising, random = base_of(flux_pipeline()).noising(share), torch.Generator().manual_seed(0)
+    noising, random = Flow(flux_pipeline(), share), torch.Generator().manual_seed(0)
     drawn = torch.tensor([noising.draw(random) for _ in range(2000)])
     usual = torch.randn(2000, generator=random).sigmoid() >= 0.65
     assert (drawn >= 650).float().mean() == pytest.approx(share + float(usual.float().mean()) * (1 - share), abs=0.03)
