@@ -331,14 +331,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=800, batch_size=4),
         PLAYGROUND_FLUX: _small(
-            PLAYGROUND_FLUX,
-            scope="transformer",
-            rank=8,
-            steps=450,
-            batch_size=6,
-            learning_rate=1e-2,
-            class_count=0,
-            guidance=5.0,
+            PLAYGROUND_FLUX, scope="transformer", rank=8, steps=450, batch_size=6, learning_rate=1e-2, class_count=0
         ),
     }
 )
