@@ -318,7 +318,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     def _distilled_guidance(self, scale: float, images: int) -> dict[str, ByImage]:
         """The scale as an input of the model."""
-        return {"guidance": ByImage(torch.full([images], scale, device=self._execution_device, dtype=torch.float32))}
+        given = self.guidance_input(scale, images, self._execution_device)
+        return {name: ByImage(scales) for name, scales in given.items()}
 
     def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
         """The guidance scale of a forward pass, for models that take it as an input; 1 is none."""

@@ -80,8 +80,7 @@ class FluxCalls(FlowMatchingPipeline):
             return text, {"pooled_projections": pooled, "text_mask": mask}
 
         inputs = {"joint_attention_kwargs": given["joint_attention_kwargs"]}
-        if self.transformer.config.guidance_embeds:
-            inputs |= self._distilled_guidance(given["guidance_scale"], len(prompts_given) * per_prompt)
+        inputs |= self._distilled_guidance(given["guidance_scale"], len(prompts_given) * per_prompt)
         return self._request(
             begun, prompts_given, guider, encode, size=size, source=source, references=references, inputs=inputs
         )
@@ -99,7 +98,9 @@ class FluxCalls(FlowMatchingPipeline):
 
     def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
         """As `FlowMatchingPipeline.guidance_input`: of distilled guidance."""
-        return {"guidance": torch.full([rows], scale, device=device)} if self.transformer.config.guidance_embeds else {}
+        if not self.transformer.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full([rows], scale, device=device, dtype=torch.float32)}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; "pooled_projections" come from CLIP."""

@@ -49,7 +49,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
 
     def guidance_input(self, scale: float, rows: int, device: torch.device) -> dict[str, Tensor]:
         """As `FlowMatchingPipeline.guidance_input`: of distilled guidance."""
-        return {"guidance": torch.full([rows], scale, device=device)}
+        return {"guidance": torch.full([rows], scale, device=device, dtype=torch.float32)}
 
     def _template(self, length: int) -> TemplateTokenizer:
         processor: Any = self.tokenizer

@@ -286,10 +286,8 @@ def test_the_prediction_is_that_of_the_network_with_the_guidance_of_the_training
     base, seen = base_of(pipe), []
     settings = training(folder, "unused", resolution=SIDE, preserve_class=True, guidance=guidance)
     base.check(settings)
-    material, noising = (
-        encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True)),
-        base.noising(settings),
-    )
+    material = encode(base, read_captioned(base, settings), settings, Accelerator(cpu=True))
+    noising = base.noising(settings)
     batch = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=noising).of(0, 0)
     adapt(base, settings, None)
     handle = pipe.transformer.register_forward_hook(
